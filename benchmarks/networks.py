@@ -1,0 +1,51 @@
+"""The networks of the chains: small ones, where what lies between their evaluations is worth measuring."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+import fastdiff as fd
+
+
+class MLP(nn.Module):
+    """A denoiser of tables: [B, features] and a time -> [B, features], through three hidden layers."""
+
+    def __init__(self, features: int = 16, width: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(torch.arange(16) * (-math.log(10_000.0) / 16)))
+        sizes = [features + 32, width, width, width]
+        layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, features))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        angle = t[:, None] * self.frequencies
+        return self.layers(torch.cat((x, angle.sin(), angle.cos()), dim=1))
+
+
+def mlp() -> tuple[nn.Module, tuple[int, ...]]:
+    """The MLP and the shape of a sample: a row of 16 numbers."""
+    return _filled(MLP()), (16,)
+
+
+def policy() -> tuple[nn.Module, tuple[int, ...]]:
+    """A robot's policy as a U-Net over time: 16 actions of 7 joints."""
+    return _filled(fd.UNet(7, rank=1, model_channels=64, channel_mult=(1, 2, 4), num_res_blocks=1)), (7, 16)
+
+
+def digits() -> tuple[nn.Module, tuple[int, ...]]:
+    """The embedded model and its sample's shape."""
+    sampler = fd.Sampler.from_pretrained("digits")
+    return sampler.model, sampler.shape
+
+
+def _filled(network: nn.Module) -> nn.Module:
+    """The network with small random weights everywhere: a new U-Net's output is 0, whatever its input."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return network.eval()

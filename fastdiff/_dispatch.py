@@ -1,0 +1,164 @@
+"""Registers the operators with torch and sends each call to the kernel of its device; ops.py is the face."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from importlib import import_module
+from typing import Any
+
+import torch
+
+TARGETS = ("eps", "v", "x0")  # of q_sample: kind 1, 2, 3
+_BACKENDS = ("torch", "triton")
+_MODULES = {"normal": "philox", "q_sample": "q_sample", "reverse_step": "reverse_step", "advance": "advance"}
+
+_library = torch.library.Library("fastdiff", "DEF")
+_library.define("normal(Tensor seed, Tensor sample_id, Tensor draw, int domain, int numel) -> Tensor")
+_library.define(
+    "q_sample(Tensor x0, Tensor alpha_sigma, Tensor t, Tensor seed, Tensor sample_id, Tensor draw, int kind, "
+    "Tensor? noise, ScalarType dtype) -> (Tensor, Tensor)"
+)
+_library.define(
+    "reverse_step_(Tensor(a!) x, Tensor(b!)? registers, Tensor out, Tensor(c!)? u, Tensor coef, Tensor plan, "
+    "Tensor row, Tensor seed, Tensor sample_id, Tensor? cond_lane, Tensor? uncond_lane, "
+    "Tensor? guidance_scale, Tensor? noise) -> ()"
+)
+_library.define(
+    "advance_(Tensor(a!) row, Tensor coef, Tensor(b!) t, Tensor? last, Tensor? cond_lane, "
+    "Tensor? uncond_lane, Tensor(c!)? lane_row) -> ()"
+)
+_said: set[str] = set()
+
+
+def _run(name: str, device: torch.device, *operands: Any) -> None:
+    """Run the implementation of an operator on tensors of `device`, whichever device is current."""
+    chosen = os.environ.get("FASTDIFF_BACKEND")
+    if chosen and chosen not in _BACKENDS:
+        raise ValueError(f"FASTDIFF_BACKEND must be one of {_BACKENDS} or unset, got {chosen!r}")
+    if not chosen:
+        chosen = "triton" if device.type == "cuda" and _has_triton() else "torch"
+    kernel = getattr(import_module(f"fastdiff.kernels.{_MODULES[name]}"), f"{name}_{chosen}")
+    with torch.no_grad():
+        if device.type != "cuda":
+            kernel(*operands)
+            return
+        with torch.cuda.device(device):
+            kernel(*operands)
+
+
+def _has_triton() -> bool:
+    """Whether Triton is there; its absence on a machine with a GPU is said once."""
+    found: bool = import_module("fastdiff.kernels._triton").HAS_TRITON
+    if not found and "triton" not in _said:
+        _said.add("triton")
+        logging.getLogger("fastdiff").warning(
+            "Triton is not installed: CUDA tensors use the torch implementations, with noise drawn on the "
+            "CPU; `pip install triton` for the fused kernels"
+        )
+    return found
+
+
+def _dense(tensor: Any) -> Any:
+    """A tensor as a kernel may read it, by address alone; None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def _flat(tensor: Any, lead: int = 1) -> Any:
+    """[..., N]: the sample's dimensions after the first `lead` as one; a view of a dense tensor."""
+    if tensor is None:
+        return None
+    return tensor.reshape(*tensor.shape[:lead], math.prod(tensor.shape[lead:]))
+
+
+def _normal(
+    seed: torch.Tensor, sample_id: torch.Tensor, draw: torch.Tensor, domain: int, numel: int
+) -> torch.Tensor:
+    z = _normal_fake(seed, sample_id, draw, domain, numel)
+    _run("normal", seed.device, z, _dense(seed), _dense(sample_id), _dense(draw), domain)
+    return z
+
+
+def _normal_fake(
+    seed: torch.Tensor, sample_id: torch.Tensor, draw: torch.Tensor, domain: int, numel: int
+) -> torch.Tensor:
+    return torch.empty(seed.shape[0], numel, dtype=torch.float32, device=seed.device)
+
+
+def _q_sample(
+    x0: torch.Tensor, alpha_sigma: torch.Tensor, t: torch.Tensor, seed: torch.Tensor, sample_id: torch.Tensor,
+    draw: torch.Tensor, kind: int, noise: torch.Tensor | None, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    from fastdiff.kernels.q_sample import Forward
+
+    x_t, target = _q_sample_fake(x0, alpha_sigma, t, seed, sample_id, draw, kind, noise, dtype)
+    small = (_dense(a) for a in (alpha_sigma, t, seed, sample_id, draw))
+    written = (_flat(x_t), _flat(target) if kind else None)
+    operands = Forward._make((*written, _flat(_dense(x0)), *small, kind, _flat(_dense(noise))))
+    _run("q_sample", x0.device, operands)
+    return x_t, target
+
+
+def _q_sample_fake(
+    x0: torch.Tensor, alpha_sigma: torch.Tensor, t: torch.Tensor, seed: torch.Tensor, sample_id: torch.Tensor,
+    draw: torch.Tensor, kind: int, noise: torch.Tensor | None, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x_t = torch.empty(x0.shape, dtype=dtype, device=x0.device)
+    return x_t, torch.empty(x0.shape if kind else (0,), dtype=torch.float32, device=x0.device)
+
+
+def _q_sample_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, alpha_sigma, t, _, _, _, ctx.kind, _, _ = inputs
+    ctx.save_for_backward(alpha_sigma, t)
+
+
+def _q_sample_backward(
+    ctx: Any, grad_x_t: torch.Tensor, grad_target: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """dx_0 = alpha dx_t, and -sigma dv or dx0 of the target; the noise has no gradient."""
+    alpha_sigma, t = ctx.saved_tensors
+    shape = (-1, *[1] * (grad_x_t.dim() - 1))
+    alpha, sigma = alpha_sigma[t.clamp(0, alpha_sigma.shape[0] - 1)].unbind(1)
+    grad = alpha.view(shape) * grad_x_t.float()
+    target = ctx.kind and TARGETS[ctx.kind - 1]
+    if target == "v":
+        grad = grad - sigma.view(shape) * grad_target
+    if target == "x0":
+        grad = grad + grad_target
+    return grad, *[None] * 8
+
+
+def _reverse_step(
+    x: torch.Tensor, registers: torch.Tensor | None, out: torch.Tensor, u: torch.Tensor | None, *rest: Any
+) -> None:
+    from fastdiff.kernels.reverse_step import Step
+
+    *small, noise = rest
+    state = (_flat(x), _flat(registers, 2), _flat(_dense(out)), _flat(u))
+    operands = Step._make((*state, *map(_dense, small), _flat(_dense(noise))))
+    _run("reverse_step", x.device, operands)
+
+
+def _advance(
+    row: torch.Tensor, coef: torch.Tensor, t: torch.Tensor, last: torch.Tensor | None,
+    cond_lane: torch.Tensor | None, uncond_lane: torch.Tensor | None, lane_row: torch.Tensor | None,
+) -> None:  # fmt: skip
+    from fastdiff.kernels.advance import Advance
+
+    operands = Advance(row, _dense(coef), t, _dense(last), _dense(cond_lane), _dense(uncond_lane), lane_row)
+    _run("advance", row.device, operands)
+
+
+def _register(name: str, implementation: Any, fake: Any) -> None:
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdiff::{name}", fake, lib=_library)
+
+
+_register("normal", _normal, _normal_fake)
+_register("q_sample", _q_sample, _q_sample_fake)
+_register("reverse_step_", _reverse_step, lambda *operands: None)
+_register("advance_", _advance, lambda *operands: None)
+torch.library.register_autograd(
+    "fastdiff::q_sample", _q_sample_backward, setup_context=_q_sample_setup, lib=_library
+)

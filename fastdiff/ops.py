@@ -1,0 +1,273 @@
+"""The public operators over `fastdiff.kernels`: arguments checked before anything runs.
+
+CUDA tensors go to the Triton kernels, all others to the torch implementations (on the CPU a compiled loop
+where a C++ compiler is there; same bits). FASTDIFF_BACKEND=torch|triton chooses for every device instead;
+nothing else changes the choice silently.
+
+The kernels are opaque to torch.compile and to export: `torch.ops.fastdiff.*` are plain `torch.library`
+operators with fake implementations (fastdiff/_dispatch.py). Triton is imported at the first call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastdiff import _dispatch
+from fastdiff._arguments import integers, noise_key, require
+
+if TYPE_CHECKING:
+    from fastdiff.kernels.layout import PackedTable
+
+__all__ = ["advance", "noise_key", "normal", "q_sample", "reverse_step"]
+
+_TARGETS = (None, *_dispatch.TARGETS)
+
+
+def normal(
+    shape: Sequence[int],
+    seed: int | torch.Tensor,
+    sample_ids: Sequence[int] | torch.Tensor | int,
+    draw: int | torch.Tensor,
+    domain: int = 1,
+    device: Any = None,
+) -> torch.Tensor:
+    """Standard normals that depend on nothing but (seed, sample_id, draw, domain, element).
+
+        z[b, i] = Box-Muller of Philox4x32-10(key = seed, counter = (i // 4, draw, sample_ids[b], domain))
+
+    Args:
+        shape: shape of one sample, without the batch.
+        seed: 64 bits, for all samples or [B].
+        sample_ids: [B] identities in [0, 2^32), or B for 0..B-1.
+        draw: which draw of a sample this is, for all samples or [B]; the row of the table in a chain.
+        domain: 0 initial noise, 1 reverse step, 2 training.
+        device: where the result lies; the device of `sample_ids` if that is a tensor, else the CPU.
+
+    Returns:
+        [B, *shape] float32, bit-identical on every backend of one `RNG_VERSION`.
+
+    Raises:
+        ValueError: seed, sample id, draw or domain out of range.
+    """
+    if not 0 <= domain < 2**32:
+        raise ValueError(f"`domain` must be in [0, 2^32), got {domain}")
+    if device is None and isinstance(sample_ids, torch.Tensor):
+        device = sample_ids.device
+    key, ids = noise_key(seed, sample_ids, None, device)
+    draws = integers("draw", draw, ids.shape[0], ids.device)
+    return torch.ops.fastdiff.normal(key, ids, draws, domain, math.prod(shape)).view(ids.shape[0], *shape)
+
+
+def q_sample(
+    x0: torch.Tensor,
+    alpha_sigma: torch.Tensor,
+    t: torch.Tensor,
+    seed: int | torch.Tensor,
+    sample_ids: Sequence[int] | torch.Tensor | None,
+    draw: int | torch.Tensor,
+    *,
+    noise: torch.Tensor | None = None,
+    target: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A sample of q(x_t | x_0) with its noise drawn in the kernel, and what the network should predict.
+
+        x_t = alpha_t x_0 + sigma_t z;   target: eps = z,  v = alpha_t z - sigma_t x_0,  x0 = x_0
+
+    Args:
+        x0: [B, ...] float32.
+        alpha_sigma: [T, 2] float32 on x0's device: sqrt(alpha_bar), sqrt(1 - alpha_bar).
+        t: [B] int64 rows of `alpha_sigma`; clamped into it on the device.
+        seed: 64 bits, for all samples or [B].
+        sample_ids: [B] in [0, 2^32); None for 0..B-1.
+        draw: the optimisation step, an int or a tensor.
+        noise: [B, ...] float32 used in place of the drawn z.
+        target: None, "eps", "v" or "x0".
+        dtype: dtype of x_t, by default x0's.
+
+    Returns:
+        x_t in `dtype`, and the target in float32 or None.
+
+    Raises:
+        ValueError: shape, dtype or device mismatch, before any launch.
+
+    Source: Ho et al. 2020, eq. 4; Salimans and Ho 2022.
+    """
+    if target not in _TARGETS:
+        raise ValueError(f"`target` must be one of {_TARGETS}, got {target!r}")
+    require("x0", x0, dtype=torch.float32)
+    batch = x0.shape[0]
+    require("alpha_sigma", alpha_sigma, dtype=torch.float32, device=x0.device, shape=(None, 2))
+    require("t", t, dtype=torch.int64, device=x0.device, shape=(batch,))
+    if noise is not None:
+        require("noise", noise, dtype=torch.float32, device=x0.device, shape=tuple(x0.shape))
+    key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, x0.device)
+    draws = integers("draw", draw, batch, x0.device)
+    x_t, goal = torch.ops.fastdiff.q_sample(
+        x0, alpha_sigma, t, key, ids, draws, _TARGETS.index(target), noise, dtype or x0.dtype
+    )
+    return x_t, None if target is None else goal
+
+
+def reverse_step(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    table: PackedTable,
+    row: torch.Tensor,
+    seed: int | torch.Tensor = 0,
+    sample_ids: Sequence[int] | torch.Tensor | None = None,
+    *,
+    registers: torch.Tensor | None = None,
+    u: torch.Tensor | None = None,
+    cond_lane: torch.Tensor | None = None,
+    uncond_lane: torch.Tensor | None = None,
+    guidance_scale: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One reverse step of every slot, each at its own row of `table`: x_t -> x_s, in place.
+
+        out = uncond + guidance_scale (cond - uncond)
+        x0  = clip(r.x0_from_x x + r.x0_from_out out),   r = table[row[b]]
+        x'  = r.from_state x + r.from_x0 x0 + r.from_out out + r.from_noise z(seed[b], sample_ids[b], r.draw)
+        u   = r.c_in_next x'
+
+    Args:
+        x: [B, ...] float32, dense. Updated in place.
+        out: [lanes, ...] the network's output, or [lanes, 2C, ...] with a learned variance behind the
+            prediction.
+        table: a packed table on x's device (`SamplingTable.pack`).
+        row: [B] int32 on x's device, 0 <= row <= num_rows; the last is the idle row. Read, never written.
+        seed: 64 bits, for all slots or [B].
+        sample_ids: [B] in [0, 2^32); None for 0..B-1.
+        registers: [K, B, ...] float32, zero at the start of a chain; needed where the table has
+            registers. Updated.
+        u: [lanes, ...] of the network's dtype. Overwritten with the next row's input.
+        cond_lane: [B] int32, the slot's lane of `out` and `u`; -1: the slot is idle. None: lane b.
+        uncond_lane: [B] int32, the lane of its unconditional evaluation; -1: no guidance.
+        guidance_scale: [B] float32, needed with `uncond_lane`.
+        noise: [B, ...] float32 used in place of the drawn z.
+
+    Returns:
+        x.
+
+    Raises:
+        ValueError: shape, dtype or device mismatch, before any launch.
+
+    Traffic: 12 bytes per element at K=0 with a bfloat16 network (16 with a float32 one).
+    Source: Ho et al. 2020, eq. 7 and 11 (rows: fastdiff/solvers/ddpm.py).
+    """
+    require("x", x, dtype=torch.float32, dense=True)
+    batch, sample = x.shape[0], tuple(x.shape[1:])
+    for name, tensor in (("table.coef", table.coef), ("table.plan", table.plan)):
+        require(name, tensor, device=x.device, remedy="use `table.to(x.device)`")
+    require(
+        "row",
+        row,
+        dtype=torch.int32,
+        device=x.device,
+        shape=(batch,),
+        remedy="build it with `table.start(batch)`",
+    )
+    require("out", out, device=x.device)
+    lanes = out.shape[0]
+    doubled = (*(2 * c for c in sample[:1]), *sample[1:])
+    if tuple(out.shape[1:]) not in (sample, doubled) or not out.is_floating_point():
+        raise ValueError(
+            f"`out` must be [lanes, {', '.join(map(str, sample))}], or [lanes, 2C, ...] with a learned "
+            f"variance, in floating point, got {list(out.shape)} {out.dtype}"
+        )
+    if table.registers and registers is None:
+        raise ValueError(
+            f"`registers` must be [{table.registers}, {batch}, ...] for this table; build zeros of that shape"
+        )
+    if registers is not None:
+        require(
+            "registers",
+            registers,
+            dtype=torch.float32,
+            device=x.device,
+            dense=True,
+            shape=(table.registers, *x.shape),
+        )
+    if u is not None:
+        require("u", u, device=x.device, dense=True, shape=(lanes, *sample))
+    if cond_lane is None and uncond_lane is None and lanes != batch:
+        raise ValueError(
+            f"`out` has {lanes} lanes for {batch} slots; say with "
+            f"`cond_lane` which lane belongs to which slot"
+        )
+    if uncond_lane is not None and (cond_lane is None or guidance_scale is None):
+        raise ValueError("`uncond_lane` needs `cond_lane` and `guidance_scale`; give all three or none")
+    for name, lane, dtype in (
+        ("cond_lane", cond_lane, torch.int32),
+        ("uncond_lane", uncond_lane, torch.int32),
+        ("guidance_scale", guidance_scale, torch.float32),
+    ):
+        if lane is not None:
+            require(name, lane, dtype=dtype, device=x.device, shape=(batch,))
+    if noise is not None:
+        require("noise", noise, dtype=torch.float32, device=x.device, shape=tuple(x.shape))
+    key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, x.device)
+    torch.ops.fastdiff.reverse_step_(
+        x,
+        registers,
+        out,
+        u,
+        table.coef,
+        table.plan,
+        row,
+        key,
+        ids,
+        cond_lane,
+        uncond_lane,
+        guidance_scale,
+        noise,
+    )
+    return x
+
+
+def advance(
+    row: torch.Tensor,
+    table: PackedTable,
+    t: torch.Tensor,
+    *,
+    last: torch.Tensor | None = None,
+    cond_lane: torch.Tensor | None = None,
+    uncond_lane: torch.Tensor | None = None,
+    lane_row: torch.Tensor | None = None,
+) -> None:
+    """Every slot to its next row, and the network's times with it, on the device.
+
+        row[b] = min(row[b] + 1, last[b]);   t[lane] = time of the new row
+
+    Args:
+        row: [B] int32. Updated in place.
+        table: a packed table on the same device.
+        t: [lanes] the network's times, of any dtype. The lanes of slots are overwritten.
+        last: [B] int32, each slot's idle row; None: the table's.
+        cond_lane, uncond_lane: [B] int32 lanes as in `reverse_step`.
+        lane_row: [lanes] int32, each lane's row, for what is tabulated per row. Overwritten.
+
+    Raises:
+        ValueError: shape, dtype or device mismatch, before any launch.
+    """
+    require(
+        "row", row, dtype=torch.int32, shape=(None,), dense=True, remedy="build it with `table.start(batch)`"
+    )
+    require("table.coef", table.coef, device=row.device, remedy="use `table.to(row.device)`")
+    require("t", t, device=row.device, shape=(None,), dense=True)
+    if cond_lane is None and t.shape[0] < row.shape[0]:
+        raise ValueError(
+            f"`t` must be [{row.shape[0]}] or longer, a time for each slot, got {list(t.shape)}; "
+            "say with `cond_lane` which lane belongs to which slot"
+        )
+    for name, lanes in (("last", last), ("cond_lane", cond_lane), ("uncond_lane", uncond_lane)):
+        if lanes is not None:
+            require(name, lanes, dtype=torch.int32, device=row.device, shape=tuple(row.shape))
+    if lane_row is not None:
+        require("lane_row", lane_row, dtype=torch.int32, device=row.device, shape=tuple(t.shape), dense=True)
+    torch.ops.fastdiff.advance_(row, table.coef, t, last, cond_lane, uncond_lane, lane_row)

@@ -1,0 +1,36 @@
+"""DPM-Solver-2 steps that go below the next level and return to it with fresh noise.
+
+Source: k-diffusion's `sample_dpm_2_ancestral`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fastdiff.levels import NoiseLevels
+from fastdiff.solvers.forms import Register, Row, X, Z
+from fastdiff.solvers.steps import ancestral, first_order, noise_in
+
+
+def dpm_2_ancestral(levels: NoiseLevels, *, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
+    """x' = the midpoint step of `dpm_2` to down, + up z.
+
+    A step whose down is 0, and one that starts at alpha 0, is Euler's.
+
+    Args:
+        eta: share of fresh noise, >= 0, see `steps.ancestral`.
+        s_noise: factor of the fresh noise, 1 for the true marginals.
+    """
+    for now, to in levels.steps():
+        down, up = ancestral(now, to, eta)
+        exempt = ("noise",) if up and s_noise != 1.0 else ()
+        fresh = (s_noise * up) * Z
+        if not (down.sigma and now.alpha):
+            yield Row(now, first_order(now, down) + fresh, exempt=exempt)
+            continue
+        middle = levels.at(math.sqrt(now.sigma_ve * down.sigma_ve))
+        start = Register()
+        yield Row(now, first_order(now, middle), {start: (to.alpha / now.alpha) * X}, ends_step=False)
+        slope = to.alpha * (down.sigma_ve - now.sigma_ve)
+        yield Row(middle, start + slope * noise_in(middle) + fresh, exempt=exempt)

@@ -1,0 +1,38 @@
+"""How the elementwise kernels cut B samples of N elements into programs, with 64-bit addresses throughout.
+
+A program takes one block of neighbouring elements of one sample, 8 elements a thread: 128-bit accesses in
+half precision, and `reverse_step` within 64 registers. Samples lie on the grid's first axis and blocks on the
+other two, so that no program divides; those axes end at 65 535.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._triton import jit, tl
+
+_PER_THREAD = 8
+_LARGEST = 1024
+_GRID_END = 65535
+
+
+def cut(batch: int, n: int, *tensors: torch.Tensor | None) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Grid and options of a launch over `batch` samples of `n` elements that reads or writes `tensors`.
+
+    WIDTH is how many neighbouring elements a thread holds: those of a 128-bit access to the narrowest tensor.
+    `enable_fp_fusion=False` belongs to every exact kernel: a fused multiply-add rounds once, NumPy twice.
+    """
+    block = min(_LARGEST, max(32 * _PER_THREAD, 1 << max(n - 1, 0).bit_length()))
+    blocks = -(-n // block)
+    high = -(-blocks // _GRID_END)
+    half = any(t is not None and t.element_size() == 2 for t in tensors)
+    options = dict(BLOCK=block, WIDTH=8 if half else 4, num_warps=block // (32 * _PER_THREAD))
+    return (batch, -(-blocks // high), high), options | dict(enable_fp_fusion=False)
+
+
+@jit
+def first_element(BLOCK: tl.constexpr):
+    """The first element of its sample that this program takes, int64."""
+    return (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)).to(tl.int64) * BLOCK

@@ -1,0 +1,143 @@
+"""Reads compiled kernels: SASS and AMD assembly cut into basic blocks, with the paths that never run told apart.
+
+A correctly rounded square root is a short sequence, and a called function for the few operands (0, infinities,
+denormals) where that fails. The call's block, the one it returns to and the function are a slow path: they are
+counted, but not as executed. Everything else counts as executed once, branches not taken included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_INSTRUCTION = re.compile(r"^(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;$")
+_WIDTH = re.compile(r"\.(128|64|U?S?16|U?S?8)\b")
+# opcodes by the unit that executes them (NVIDIA's CUDA Binary Utilities, "Instruction Set Reference"; IMAD runs
+# on the multiply-add unit)
+_MULTIPLY_ADD = ("FMUL", "FADD", "FFMA", "IMAD", "HFMA2", "HMUL2", "HADD2")
+_SPECIAL = ("MUFU", "I2F.", "F2I", "F2F")
+_MEMORY = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDC", "ATOM", "RED.")
+_CONTROL = ("BRA", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BAR", "NOP", "WARPSYNC", "DEPBAR", "ACQBULK")
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one program's machine code holds.
+
+    Attributes:
+        executed: opcodes in order, of every block outside of slow paths.
+        slow: how many instructions slow paths hold.
+        registers, stack, shared: per thread, bytes per thread, bytes per program.
+        spills: instructions that touch local memory.
+    """
+
+    executed: tuple[str, ...]
+    slow: int
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+
+    @property
+    def pipes(self) -> Counter[str]:
+        """Executed instructions by the unit that runs them."""
+        return Counter(map(_pipe, self.executed))
+
+    @property
+    def fused_outside_roots(self) -> int:
+        """Fused multiply-adds beyond the two that every square root's expansion has."""
+        return self._count("FFMA") - 2 * self._count("MUFU.RSQ")
+
+    @property
+    def barriers(self) -> int:
+        return self._count("BAR")
+
+    @property
+    def accesses(self) -> Counter[tuple[str, int]]:
+        """Executed accesses to global memory, ("load" or "store", bits)."""
+        kinds = {"LDG": "load", "STG": "store", "global_load": "load", "global_store": "store"}
+        found = ((kind, op) for op in self.executed for start, kind in kinds.items() if op.startswith(start))
+        return Counter((kind, _bits(op)) for kind, op in found)
+
+    def _count(self, start: str) -> int:
+        return sum(op.startswith(start) for op in self.executed)
+
+
+def nvidia(cubin: bytes) -> Code:
+    """The code of a cubin, by the tools in Triton's wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        text = _output(tools / "nvdisasm", "-c", path)
+        usage = _output(tools / "cuobjdump", "-res-usage", path)
+    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    executed, slow = _split(text.splitlines())
+    local = sum(op.startswith(("LDL", "STL")) for op in executed)
+    return Code(executed, slow, used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"], local)
+
+
+def amd(assembly: str) -> Code:
+    """The code of a kernel in AMD's assembly; its square roots have no slow path."""
+    fields = dict(re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE))
+    executed = tuple(
+        m[1] for line in assembly.splitlines() if (m := re.match(r"\t((?:[vs]|ds|global|buffer)_\w+)", line))
+    )
+    spills = int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])
+    stack, shared = int(fields["private_segment_fixed_size"]), int(fields["group_segment_fixed_size"])
+    return Code(executed, 0, int(fields["vgpr_count"]), stack, shared, spills)
+
+
+def _output(tool: Path, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _split(lines: Iterable[str]) -> tuple[tuple[str, ...], int]:
+    """Executed opcodes, and the number of instructions in slow paths."""
+    blocks: list[list[str]] = [[]]
+    called = 0  # the first block of the functions that slow paths call
+    for line in lines:
+        line = re.sub(r"/\*.*?\*/", "", line).strip()
+        if line.startswith("$__internal") and line.endswith(":") and not called:
+            blocks.append([])
+            called = len(blocks) - 1
+        elif re.match(r"\.L_\w+:", line):
+            blocks.append([])
+        elif m := _INSTRUCTION.match(line):
+            blocks[-1].append(m[1])
+            if m[1].startswith(("BRA", "EXIT", "CALL", "RET")):
+                blocks.append([])
+    slow: set[int] = set(range(called, len(blocks)) if called else ())
+    for i, block in enumerate(blocks):
+        if block and block[-1].startswith("CALL"):
+            slow |= {i, i + 1}
+    executed = (op for i, block in enumerate(blocks) if i not in slow for op in block)
+    return tuple(op for op in executed if op != "NOP"), sum(len(blocks[i]) for i in slow)
+
+
+def _pipe(op: str) -> str:
+    for name, starts in (
+        ("multiply-add", (*_MULTIPLY_ADD, "v_mul", "v_add_f", "v_sub_f", "v_fma", "v_mad", "v_pk")),
+        ("special", (*_SPECIAL, "v_rsq", "v_rcp", "v_sqrt", "v_exp", "v_log")),
+        ("memory", (*_MEMORY, "global", "buffer", "ds_")),
+        ("control", (*_CONTROL, "s_branch", "s_cbranch", "s_waitcnt", "s_barrier", "s_endpgm", "s_nop")),
+        ("uniform", ("U", "R2UR", "S2UR", "s_")),
+    ):
+        if op.startswith(starts):
+            return name
+    return "integer and logic"
+
+
+def _bits(op: str) -> int:
+    if found := re.search(r"dword(?:x(\d))?|(short)|(u?s?byte)", op):
+        return 32 * int(found[1] or 1) if "dword" in found[0] else 16 if found[2] else 8
+    width = _WIDTH.search(op)
+    return int(width[1].strip("US")) if width else 32

@@ -1,0 +1,143 @@
+"""`reverse_step` without Triton: the compiled loop of cpu.cpp, and the same operations in torch and NumPy.
+
+The formula stands in reverse_step.py. Both give its bits: separate multiplications and additions, in the same
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import CDLL, c_int64
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import cpu, layout
+from .exact import exact_exp_numpy
+from .philox import DOMAIN_STEP, normal_numpy
+
+if TYPE_CHECKING:
+    from .reverse_step import Step
+
+_PART = 65536  # elements, a multiple of 4: the temporaries stay in cache
+
+
+def step_native(native: CDLL, s: Step) -> None:
+    """The compiled loop; it reads and writes float32."""
+    batch, n = s.x.shape
+    out = s.out.float().contiguous()
+    u = s.u if s.u is None or s.u.dtype == torch.float32 else s.u.float()
+    noise = None if s.noise is None else s.noise.contiguous()
+    tensors = (s.x, s.registers, out, u, noise, *s[4:12])
+    native.fd_reverse_step(
+        *map(cpu.pointer, tensors), c_int64(batch), c_int64(n), c_int64(out.shape[1]), c_int64(s.idle),
+        0 if s.registers is None else s.registers.shape[0], torch.get_num_threads(),
+    )  # fmt: skip
+    if s.u is not None and u is not s.u:
+        s.u.copy_(u)  # type: ignore[arg-type]
+
+
+def step_eager(s: Step) -> None:
+    """The same in torch for runs of slots at one row, in parts that stay in cache; reads rows on the host."""
+    n = s.x.shape[1]
+    for slots, row, lanes, uncond_lanes in _runs(s):
+        coef, plan = s.coef[row].tolist(), s.plan[row].tolist()
+        step = max(1, _PART // max(n, 1))
+        for b in range(slots.start, slots.stop, step):
+            some = slice(b, min(b + step, slots.stop))
+            here = slice(some.start - slots.start, some.stop - slots.start)
+            for i in range(0, n, _PART):
+                _step_part(s, coef, plan, some, lanes[here], uncond_lanes[here], slice(i, min(i + _PART, n)))
+
+
+def _runs(s: Step) -> Iterator[tuple[slice, int, list[int], list[int]]]:
+    """Runs of neighbouring slots at one row, all guided or none: (slots, row, lanes, unconditional lanes)."""
+    batch = s.x.shape[0]
+    rows = [row if 0 <= row <= s.idle else s.idle for row in s.row.tolist()]
+    cond = list(range(batch)) if s.cond_lane is None else s.cond_lane.tolist()
+    uncond = [-1] * batch if s.uncond_lane is None else s.uncond_lane.tolist()
+    kinds = [(row, lane < 0, other < 0) for row, lane, other in zip(rows, cond, uncond, strict=True)]
+    first = 0
+    for b in range(1, batch + 1):
+        if b == batch or kinds[b] != kinds[first]:
+            if rows[first] != s.idle and cond[first] >= 0:
+                yield slice(first, b), rows[first], cond[first:b], uncond[first:b]
+            first = b
+
+
+def _step_part(
+    s: Step,
+    coef: list[float],
+    plan: list[int],
+    slots: slice,
+    lanes: list[int],
+    uncond_lanes: list[int],
+    part: slice,
+) -> None:
+    """The formula for a run of slots at one row and a stretch of their elements."""
+    reads, writes = plan[layout.READS], plan[layout.WRITES]
+    views = [s.x[slots, part]] + ([] if s.registers is None else [r[slots, part] for r in s.registers])
+    k = len(views) - 1
+    out = _gather(s.out, lanes, part) if reads & layout.READS_OUT else None
+    if out is not None and uncond_lanes[0] >= 0:
+        uncond = _gather(s.out, uncond_lanes, part)
+        out = uncond + s.guidance_scale[slots, None] * (out - uncond)  # type: ignore[index]
+    x0 = None
+    if reads & layout.READS_X0:
+        x0 = _sum(coef[layout.X0_FROM_X : layout.X0_FROM_OUT + 1], [views[0], out], views[0])
+        if reads & layout.READS_CLIP:
+            x0 = x0.clamp(coef[layout.CLIP_LO], coef[layout.CLIP_HI])
+    z = _noise(s, coef, plan, slots, lanes, part) if reads & layout.READS_NOISE else None
+    feeds_u = s.u is not None and writes & layout.WRITES_U != 0
+    new: list[Any] = []
+    for j in range(k + 1):
+        terms = coef[layout.HEAD + j * (k + 4) :][: k + 4]
+        wanted = writes >> j & 1 or (j == 0 and feeds_u)
+        new.append(_sum(terms, [*views, x0, out, z], views[j]) if wanted else None)
+    for j, value in enumerate(new):
+        if value is not None and writes >> j & 1:
+            views[j].copy_(value)
+    if s.u is not None and feeds_u:
+        first = (coef[layout.C_IN_NEXT] * new[0]).to(s.u.dtype)
+        for b, targets in enumerate(zip(lanes, uncond_lanes, strict=True)):
+            for lane in targets:
+                if lane >= 0:
+                    s.u[lane, part] = first[b]
+
+
+def _gather(a: torch.Tensor, lanes: list[int], part: slice) -> torch.Tensor:
+    """Lanes of `a` as float32: a view where they are neighbours."""
+    if lanes == list(range(lanes[0], lanes[0] + len(lanes))):
+        return a[lanes[0] : lanes[0] + len(lanes), part].float()
+    return a[lanes, part].float()
+
+
+def _sum(coefficients: list[float], values: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """sum of coefficient * value from left to right over coefficients that are not 0; -0.0 without any."""
+    total: Any = None
+    for a, value in zip(coefficients, values, strict=True):
+        if a != 0.0:
+            product = a * value  # type: ignore[operator]
+            total = product if total is None else total.add_(product)
+    return torch.full_like(like, -0.0) if total is None else total
+
+
+def _noise(
+    s: Step, coef: list[float], plan: list[int], slots: slice, lanes: list[int], part: slice
+) -> torch.Tensor:
+    """z of a run of slots, drawn on the CPU or given, times the learned standard deviation if any."""
+    if s.noise is not None:
+        z = s.noise[slots, part]
+    else:
+        ids = s.sample_id[slots].cpu()
+        z = torch.empty(slots.stop - slots.start, part.stop - part.start)
+        normal_numpy(
+            z, s.seed[slots].cpu(), ids, torch.full_like(ids, plan[layout.DRAW]), DOMAIN_STEP, part.start
+        )
+        z = z.to(s.x.device)
+    if plan[layout.READS] & layout.READS_LEARNED and s.learned:
+        n = s.x.shape[1]
+        f = (_gather(s.out, lanes, slice(n + part.start, n + part.stop)) + 1.0) * 0.5
+        y = (f * coef[layout.LOG_VAR_MAX] + (1.0 - f) * coef[layout.LOG_VAR_MIN]) * 0.5
+        z = torch.from_numpy(exact_exp_numpy(y.cpu().numpy())).to(y.device) * z
+    return z

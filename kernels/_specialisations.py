@@ -1,0 +1,97 @@
+"""The kernels' specialisations in use, each as a call of its launcher on operands without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import layout
+from .advance import Advance, advance_triton
+from .philox import normal_triton
+from .q_sample import TARGETS, Forward, q_sample_triton
+from .reverse_step import Step, reverse_step_triton
+
+_BATCH, _N, _ROWS = 4, 3 * 32 * 32, 50
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A kernel as it is launched: its name, what is special, the launch, the least bytes per element."""
+
+    kernel: str
+    variant: str
+    launch: Callable[[], Any]
+    least: float
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def reverse_step(
+    registers: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    guided: bool = False,
+    learned: bool = False,
+    batch: int = _BATCH,
+    n: int = _N,
+) -> None:
+    """Launch `reverse_step`; a batch of noise, guidance and learned variance as asked."""
+    lanes, i32, i64 = 2 * batch if guided else batch, torch.int32, torch.int64
+    lane = _empty(batch, dtype=i32) if guided else None
+    reverse_step_triton(
+        Step(
+            x=_empty(batch, n),
+            registers=_empty(registers, batch, n) if registers else None,
+            out=_empty(lanes, 2 * n if learned else n, dtype=dtype),
+            u=_empty(lanes, n, dtype=dtype),
+            coef=_empty(_ROWS + 1, layout.width(registers)),
+            plan=_empty(_ROWS + 1, layout.PLAN_WIDTH, dtype=i32),
+            row=_empty(batch, dtype=i32),
+            seed=_empty(batch, dtype=i64),
+            sample_id=_empty(batch, dtype=i64),
+            cond_lane=lane,
+            uncond_lane=lane,
+            guidance_scale=_empty(batch) if guided else None,
+        )
+    )
+
+
+def q_sample(
+    target: str = "none", dtype: torch.dtype = torch.bfloat16, batch: int = _BATCH, n: int = _N
+) -> None:
+    """Launch `q_sample`."""
+    key = [_empty(batch, dtype=torch.int64) for _ in range(4)]
+    x_t, goal = _empty(batch, n, dtype=dtype), _empty(batch, n)
+    kind = TARGETS.index(target)
+    q_sample_triton(Forward(x_t, goal if kind else None, _empty(batch, n), _empty(_ROWS, 2), *key, kind))
+
+
+def normal(batch: int = _BATCH, n: int = _N) -> None:
+    """Launch `normal`."""
+    key = [_empty(batch, dtype=torch.int64) for _ in range(3)]
+    normal_triton(_empty(batch, n), *key, domain=0)
+
+
+def advance(batch: int = _BATCH) -> None:
+    """Launch `advance`."""
+    i32 = torch.int32
+    advance_triton(Advance(_empty(batch, dtype=i32), _empty(_ROWS + 1, layout.width(0)), _empty(batch)))
+
+
+IN_USE = (
+    Specialisation("reverse_step", "K=0 bf16", reverse_step, 12),
+    Specialisation("reverse_step", "K=0 fp32", lambda: reverse_step(dtype=torch.float32), 16),
+    Specialisation("reverse_step", "K=0 bf16 guided", lambda: reverse_step(guided=True), 16),
+    Specialisation("reverse_step", "K=0 bf16 learned", lambda: reverse_step(learned=True), 14),
+    Specialisation("reverse_step", "K=1 bf16", lambda: reverse_step(1), 20),
+    Specialisation("reverse_step", "K=3 bf16", lambda: reverse_step(3), 36),
+    Specialisation("q_sample", "bf16", q_sample, 6),
+    Specialisation("q_sample", "bf16 eps", lambda: q_sample("eps"), 10),
+    Specialisation("q_sample", "fp32 v", lambda: q_sample("v", torch.float32), 12),
+    Specialisation("normal", "fp32", normal, 4),
+    Specialisation("advance", "int32", advance, 0),
+)

@@ -1,0 +1,190 @@
+// The CPU's fused kernels: noise drawn in registers, one pass over memory. Compiled at first use by kernels/cpu.py, which puts the
+// constants of philox.py, exact.py and layout.py in front, with contraction off: every operation rounds once, as in Triton and NumPy.
+// The formulas stand in philox.py, reverse_step.py and q_sample.py; BLOCK elements at a time keep all operands in the first-level cache.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int QUADS = 64, BLOCK = 4 * QUADS;
+constexpr int64_t SERIAL = 16384;  // fewer elements than this are not worth waking a thread
+
+inline float as_float(int32_t i) { float f; std::memcpy(&f, &i, 4); return f; }
+inline int32_t as_int(float f) { int32_t i; std::memcpy(&i, &f, 4); return i; }
+
+inline void box_muller(int quads, const uint32_t* w0, const uint32_t* w1, float* z0, float* z1) {
+  for (int j = 0; j < quads; j++) {
+    float u = (float)w0[j] * 0x1p-32f + 0x1p-33f;
+    int32_t bits = as_int(u), e = (int32_t)((uint32_t)bits - MANTISSA_BASE) & EXPONENT_MASK;
+    float f = as_float(bits - e) - 1.0f;
+    float q = LOG[7] * f + LOG[6];
+    for (int k = 5; k >= 0; k--) q = q * f + LOG[k];
+    float radius = std::sqrt(q * f + (float)e * LOG_EXPONENT);
+    float v4 = (float)w1[j] * 0x1p-30f, rounded = v4 + ROUNDER;
+    int32_t k = as_int(rounded);
+    float r = v4 - (rounded - ROUNDER), s = r * r;
+    float c = ((COS[3] * s + COS[2]) * s + COS[1]) * s + COS[0];
+    float n = (((SIN[3] * s + SIN[2]) * s + SIN[1]) * s + SIN[0]) * r;
+    bool odd = k & 1;
+    z0[j] = as_float(as_int(odd ? n : c) ^ (int32_t)((uint32_t)((k + 1) & 2) << 30)) * radius;
+    z1[j] = as_float(as_int(odd ? c : n) ^ (int32_t)((uint32_t)(k & 2) << 30)) * radius;
+  }
+}
+
+// z[0..count): the normals of the elements start.. of one sample; start is a multiple of 4
+inline void normals(float* z, int64_t start, int count, int64_t seed, int64_t sample_id, int64_t draw, uint32_t domain) {
+  uint32_t c0[QUADS], c1[QUADS], c2[QUADS], c3[QUADS];
+  float z0[QUADS], z1[QUADS], z2[QUADS], z3[QUADS];
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
+  const int quads = (count + 3) / 4;
+  for (int j = 0; j < quads; j++) {
+    c0[j] = (uint32_t)(start / 4 + j);
+    c1[j] = (uint32_t)draw;
+    c2[j] = (uint32_t)sample_id;
+    c3[j] = domain;
+  }
+  for (int round = 0; round < ROUNDS; round++) {
+    for (int j = 0; j < quads; j++) {
+      uint64_t p0 = (uint64_t)c0[j] * MULTIPLIERS[0], p1 = (uint64_t)c2[j] * MULTIPLIERS[1];
+      c0[j] = (uint32_t)(p1 >> 32) ^ c1[j] ^ k0;
+      c2[j] = (uint32_t)(p0 >> 32) ^ c3[j] ^ k1;
+      c1[j] = (uint32_t)p1;
+      c3[j] = (uint32_t)p0;
+    }
+    k0 += KEY_STEPS[0];
+    k1 += KEY_STEPS[1];
+  }
+  box_muller(quads, c0, c1, z0, z1);
+  box_muller(quads, c2, c3, z2, z3);
+  const int whole = count / 4;
+  for (int j = 0; j < whole; j++) {
+    z[4 * j] = z0[j];
+    z[4 * j + 1] = z1[j];
+    z[4 * j + 2] = z2[j];
+    z[4 * j + 3] = z3[j];
+  }
+  const float* tail[4] = {z0, z1, z2, z3};
+  for (int i = 4 * whole; i < count; i++) z[i] = tail[i - 4 * whole][whole];
+}
+
+inline float exact_exp(float y) {
+  y = y < EXP_LO ? EXP_LO : y > EXP_HI ? EXP_HI : y;
+  float rounded = y * LOG2E + ROUNDER, n = rounded - ROUNDER;
+  float r = (y - n * LN2_HI) - n * LN2_LO;
+  float p = EXP[6] * r + EXP[5];
+  for (int k = 4; k >= 0; k--) p = p * r + EXP[k];
+  return p * as_float((int32_t)((uint32_t)(as_int(rounded) + 127) << 23));
+}
+
+inline void add_term(float* sum, float a, const float* value, int count) {
+  if (a != 0.0f)
+    for (int i = 0; i < count; i++) sum[i] = sum[i] + a * value[i];
+}
+
+}  // namespace
+
+extern "C" {
+
+void fd_normal(float* z, int64_t batch, int64_t n, const int64_t* seed, const int64_t* sample_id, const int64_t* draw, int64_t domain,
+               int threads) {
+  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
+  for (int64_t task = 0; task < batch * chunks; task++) {
+    const int64_t b = task / chunks, start = task % chunks * BLOCK;
+    normals(z + b * n + start, start, (int)std::min<int64_t>(BLOCK, n - start), seed[b], sample_id[b], draw[b], (uint32_t)domain);
+  }
+}
+
+void fd_q_sample(float* x_t, float* target, const float* x0, const float* noise, const float* alpha_sigma, const int64_t* t,
+                 const int64_t* seed, const int64_t* sample_id, const int64_t* draw, int64_t batch, int64_t n, int64_t levels, int kind,
+                 int threads) {
+  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
+  for (int64_t task = 0; task < batch * chunks; task++) {
+    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
+    const int count = (int)std::min<int64_t>(BLOCK, n - start);
+    const int64_t level = std::min<int64_t>(std::max<int64_t>(t[b], 0), levels - 1);
+    const float alpha = alpha_sigma[2 * level], sigma = alpha_sigma[2 * level + 1];
+    float drawn[BLOCK];
+    const float *z = noise ? noise + base : drawn, *x = x0 + base;
+    if (!noise) normals(drawn, start, count, seed[b], sample_id[b], draw[b], DOMAIN_TRAIN);
+    float* y = x_t + base;
+    for (int i = 0; i < count; i++) y[i] = alpha * x[i] + sigma * z[i];
+    float* goal = target + base;
+    if (kind == 1) std::copy(z, z + count, goal);
+    if (kind == 2)
+      for (int i = 0; i < count; i++) goal[i] = alpha * z[i] - sigma * x[i];
+    if (kind == 3) std::copy(x, x + count, goal);
+  }
+}
+
+// registers: [registers, batch, n]; out: [lanes, lane] with lane = n or 2n; u: [lanes, n] or null; cond, uncond, scale, noise, v or null
+void fd_reverse_step(float* x, float* regs, const float* out, float* u, const float* noise, const float* coef, const int32_t* plan,
+                     const int32_t* row, const int64_t* seed, const int64_t* sample_id, const int32_t* cond, const int32_t* uncond,
+                     const float* scale, int64_t batch, int64_t n, int64_t lane, int64_t rows, int registers, int threads) {
+  const int64_t chunks = (n + BLOCK - 1) / BLOCK, width = HEAD + (registers + 1) * (registers + 4);
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
+  for (int64_t task = 0; task < batch * chunks; task++) {
+    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
+    const int count = (int)std::min<int64_t>(BLOCK, n - start);
+    const int64_t at = row[b] < 0 || row[b] > rows ? rows : row[b];
+    const int64_t cond_lane = cond ? cond[b] : b, uncond_lane = uncond ? uncond[b] : -1;
+    const float* a = coef + at * width;
+    const int32_t *p = plan + at * PLAN_WIDTH, reads = p[READS], writes = p[WRITES];
+    if (cond_lane < 0 || (reads | writes) == 0) continue;
+    float state[MAX_REGISTERS + 1][BLOCK], guided[BLOCK], x0[BLOCK], z[BLOCK], sum[BLOCK];
+    const float* o = out + cond_lane * lane + start;
+    for (int k = 0; k <= registers; k++)
+      if (reads >> k & 1) {
+        const float* s = k ? regs + (k - 1) * batch * n + base : x + base;
+        std::copy(s, s + count, state[k]);
+      }
+    if (reads & READS_OUT && uncond_lane >= 0) {
+      const float *other = out + uncond_lane * lane + start, w = scale[b];
+      for (int i = 0; i < count; i++) guided[i] = other[i] + w * (o[i] - other[i]);
+      o = guided;
+    }
+    if (reads & READS_X0) {
+      std::fill(x0, x0 + count, -0.0f);
+      add_term(x0, a[X0_FROM_X], state[0], count);
+      add_term(x0, a[X0_FROM_OUT], o, count);
+      if (reads & READS_CLIP) {
+        const float lo = a[CLIP_LO], hi = a[CLIP_HI];
+        for (int i = 0; i < count; i++) x0[i] = x0[i] < lo ? lo : x0[i] > hi ? hi : x0[i];
+      }
+    }
+    if (reads & READS_NOISE) {
+      if (noise) std::copy(noise + base, noise + base + count, z);
+      else normals(z, start, count, seed[b], sample_id[b], p[DRAW], DOMAIN_STEP);
+      if (reads & READS_LEARNED && lane == 2 * n) {
+        const float *v = out + cond_lane * lane + n + start, lo = a[LOG_VAR_MIN], hi = a[LOG_VAR_MAX];
+        for (int i = 0; i < count; i++) {
+          float f = (v[i] + 1.0f) * 0.5f;
+          z[i] = exact_exp((f * hi + (1.0f - f) * lo) * 0.5f) * z[i];
+        }
+      }
+    }
+    for (int j = 0; j <= registers; j++) {
+      float* s = j ? regs + (j - 1) * batch * n + base : x + base;
+      const float* terms = a + HEAD + j * (registers + 4);
+      const bool feeds_u = j == 0 && u && writes & WRITES_U;
+      if (!(writes >> j & 1) && !feeds_u) continue;
+      std::fill(sum, sum + count, -0.0f);
+      for (int k = 0; k <= registers; k++) add_term(sum, terms[k], state[k], count);
+      add_term(sum, terms[registers + 1], x0, count);
+      add_term(sum, terms[registers + 2], o, count);
+      add_term(sum, terms[registers + 3], z, count);
+      if (writes >> j & 1) std::copy(sum, sum + count, s);
+      if (feeds_u) {
+        const float c = a[C_IN_NEXT];
+        float* first = u + cond_lane * n + start;
+        for (int i = 0; i < count; i++) first[i] = c * sum[i];
+        if (uncond_lane >= 0) std::copy(first, first + count, u + uncond_lane * n + start);
+      }
+    }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,246 @@
+"""What compiled kernels cost, from their machine code alone: no GPU is needed, and none is asked.
+
+    for row in report(): print(row)
+    print(to_table(report(("sm_90",))))
+
+Each kernel is compiled ahead of time, as its own launcher would have it compiled, for named targets. The last
+column says what would bound it on real devices, from published peak rates: a model, not a measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from . import _machine_code, _specialisations
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+NOTE = (
+    "From machine code alone; what bounds a kernel is a model from published peak rates, not a measurement."
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published peaks of a GPU: multiprocessors, GHz, GB/s; multiply-adds and integer operations a clock."""
+
+    name: str
+    target: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    multiply_adds: int
+    integers: int
+
+
+# NVIDIA's datasheets of the SXM boards and the CUDA C++ Programming Guide, "Arithmetic Instructions"; every one
+# issues 128 lanes and 16 special functions a clock and multiprocessor
+DEVICES = (
+    Device("A100", "sm_80", 108, 1.41, 2039, 64, 64),
+    Device("H100", "sm_90", 132, 1.755, 3350, 128, 64),
+    Device("H200", "sm_90", 132, 1.755, 4800, 128, 64),
+    Device("B200", "sm_100", 148, 1.85, 8000, 128, 128),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a launcher asked for it: the kernel, its arguments by name, its options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a kernel costs on a target; instructions and bytes are per element.
+
+    Attributes:
+        executed: machine instructions outside of slow paths; slow: those in slow paths.
+        pipes: the executed ones by the unit that runs them.
+        fused: fused multiply-adds outside of square roots, in one thread's code; an exact kernel has none.
+        accesses: executed accesses to global memory of one thread, "load 128" -> how many.
+        wide: share of the full tensors' bytes that 128-bit accesses move.
+        traffic, least: bytes read and written, and the least that its operands allow.
+        bounds: device -> what takes longest there, and how long against its memory traffic.
+    """
+
+    kernel: str
+    variant: str
+    target: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    barriers: int
+    executed: float
+    slow: float
+    pipes: dict[str, float]
+    fused: int
+    accesses: dict[str, int]
+    wide: float
+    traffic: float
+    least: float
+    bounds: dict[str, tuple[str, float]]
+
+
+def report(targets: Sequence[str] = TARGETS, kernels: Sequence[str] | None = None) -> list[Report]:
+    """Compile every specialisation in use for every target and read its machine code.
+
+    Args:
+        targets: of `TARGETS`, or any other that Triton compiles for.
+        kernels: names of kernels; all by default.
+
+    Raises:
+        ValueError: an unknown kernel.
+    """
+    known = list(dict.fromkeys(s.kernel for s in _specialisations.IN_USE))
+    if unknown := [name for name in kernels or () if name not in known]:
+        raise ValueError(f"`kernels` must be of {known}, got {unknown[0]!r}")
+    chosen = [s for s in _specialisations.IN_USE if kernels is None or s.kernel in kernels]
+    return [examine(s, target) for s in chosen for target in targets]
+
+
+def examine(s: _specialisations.Specialisation, target: str) -> Report:
+    """One kernel on one target."""
+    (launch,) = launches(s.launch)
+    compiled = compile_for(launch, target)
+    return read(compiled, launch, target, s)
+
+
+def read(compiled: Any, launch: Launch, target: str, s: _specialisations.Specialisation) -> Report:
+    """The report of compiled code."""
+    is_amd = target.startswith("gfx")
+    code = (
+        _machine_code.amd(compiled.asm["amdgcn"]) if is_amd else _machine_code.nvidia(compiled.asm["cubin"])
+    )
+    elements = launch.arguments["BLOCK"]
+    threads = launch.options.get("num_warps", 4) * (64 if is_amd else 32)
+    a_lane = threads / elements
+    moved = tensor_bytes(compiled.asm["ttgir"])
+    wide = sum(count * 16 for (_, bits), count in code.accesses.items() if bits == 128) * threads
+    pipes = {name: count * a_lane for name, count in sorted(code.pipes.items())}
+    executed, traffic = len(code.executed) * a_lane, moved / elements
+    return Report(
+        s.kernel, s.variant, target, code.registers, code.stack, code.spills, code.shared, code.barriers,
+        executed, code.slow * a_lane, pipes, 0 if is_amd else code.fused_outside_roots,
+        {f"{kind} {bits}": count for (kind, bits), count in sorted(code.accesses.items())},
+        wide / moved if moved else 0.0, traffic, s.least,
+        {d.name: _bound(d, executed, pipes, traffic) for d in DEVICES if d.target == target},
+    )  # fmt: skip
+
+
+def launches(run: Callable[[], Any]) -> list[Launch]:
+    """What `run`, a call of launchers, would launch; nothing is launched."""
+    with _recorded() as found:
+        run()
+    return found
+
+
+@contextmanager
+def _recorded() -> Iterator[list[Launch]]:
+    from triton.runtime.jit import JITFunction
+
+    found: list[Launch] = []
+
+    def record(self: Any, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        given = dict(zip(self.arg_names, values, strict=False)) | named
+        options = {name: given.pop(name) for name in list(given) if name not in self.arg_names}
+        found.append(Launch(self, given, options))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield found
+    finally:
+        JITFunction.run = original
+
+
+def compile_for(launch: Launch, target: str) -> Any:
+    """Compile a launch ahead of time as Triton's JIT would specialise it, for "sm_90", "gfx942", ..."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constant = {p.name for p in launch.kernel.params if p.is_constexpr}
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        is_tensor = isinstance(value, torch.Tensor)
+        if name in constant or value is None or (value == 1 if not is_tensor else False):
+            signature[name], values[(i,)] = "constexpr", value
+            continue
+        signature[name] = f"*{_TYPES[value.dtype]}" if is_tensor else "i32" if abs(value) < 2**31 else "i64"
+        if (value.data_ptr() if is_tensor else value) % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, values, attributes)
+    hardware = (
+        GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    )
+    return triton.compile(source, target=hardware, options=launch.options)
+
+
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64",
+}  # fmt: skip
+
+
+def tensor_bytes(ttgir: str) -> int:
+    """Bytes that one program's loads and stores of whole blocks move, each counted once."""
+    found = re.findall(r"tt\.(?:load|store) .*?: tensor<(\d+)x!tt\.ptr<([a-z]+)(\d+)>", ttgir)
+    return sum(int(size) * int(bits) // 8 for size, _, bits in found)
+
+
+def _bound(d: Device, executed: float, pipes: dict[str, float], traffic: float) -> tuple[str, float]:
+    """What takes longest on a device, and that against the memory's time."""
+    clocks = d.multiprocessors * d.clock
+    times = {
+        "memory": traffic / d.bandwidth,
+        "issue": executed / (128 * clocks),
+        "multiply-add": pipes.get("multiply-add", 0.0) / (d.multiply_adds * clocks),
+        "integer and logic": pipes.get("integer and logic", 0.0) / (d.integers * clocks),
+        "special": pipes.get("special", 0.0) / (16 * clocks),
+    }
+    slowest = max(times, key=lambda name: times[name])
+    return slowest, times[slowest] / times["memory"] if traffic else float("inf")
+
+
+def to_table(rows: Sequence[Report]) -> str:
+    """The reports as text in columns."""
+    head = (
+        "kernel",
+        "variant",
+        "target",
+        "regs",
+        "spill",
+        "shared",
+        "instr",
+        "slow",
+        "FMA",
+        "int",
+        "special",
+    )
+    head += ("fused", "wide", "bytes", "least", "bound")  # type: ignore[assignment]
+    lines = [head]
+    for r in rows:
+        pipes = (f"{r.pipes.get(p, 0.0):.1f}" for p in ("multiply-add", "integer and logic", "special"))
+        bounds = ", ".join(f"{device} {what} {ratio:.2f}x" for device, (what, ratio) in r.bounds.items())
+        numbers = (r.registers, r.spills + r.stack, r.shared, f"{r.executed:.1f}", f"{r.slow:.1f}", *pipes)
+        ends = (r.fused, f"{100 * r.wide:.0f}%", f"{r.traffic:g}", f"{r.least:g}", bounds or "-")
+        lines.append((r.kernel, r.variant, r.target, *map(str, numbers), *map(str, ends)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join((*text, NOTE))
+
+
+def to_json(rows: Sequence[Report]) -> str:
+    """The reports as JSON, with the note that they are a model."""
+    return json.dumps({"note": NOTE, "kernels": [asdict(row) for row in rows]}, indent=2)

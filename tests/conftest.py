@@ -1,0 +1,25 @@
+"""What runs where: `interpret` tests under TRITON_INTERPRET=1, all others without it, `gpu` tests on a GPU.
+
+Triton decides at import whether a kernel is interpreted or compiled, so the two kinds need two processes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = [item for item in items if bool(item.get_closest_marker("interpret")) == INTERPRETING]
+    elsewhere = [item for item in items if bool(item.get_closest_marker("interpret")) != INTERPRETING]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = here
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -1,0 +1,181 @@
+"""The command line: what it writes, what it says, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastdiff.cli import app
+
+TINY = ["--channels", "8", "--mult", "1", "--blocks", "1", "--attention=", "--batch", "8", "--warmup", "1"]
+TINY += ["--timesteps", "50"]
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_help_teaches_by_example():
+    assert "fastdiff sample" in run("--help")
+    assert "--class 7 --num 64 --guidance 2" in " ".join(run("sample", "--help").split())
+    assert "--resume" in run("train", "--help")
+
+
+def test_a_png_is_a_grid(tmp_path):
+    out = tmp_path / "grid.png"
+    said = run("sample", "--num", "20", "--steps", "3", "--out", str(out))
+    with Image.open(out) as picture:
+        assert picture.width > 4 * picture.height  # two lines of ten
+    assert str(out) in said.replace("\n", "")
+    assert "samples/s" in said
+
+
+def test_an_npz_holds_uint8_nhwc_and_the_labels(tmp_path):
+    out = tmp_path / "digits.npz"
+    run("sample", "--num", "12", "--class", "7,3", "--steps", "4", "--batch", "5", "--out", str(out))
+    with np.load(out) as archive:
+        assert archive["arr_0"].dtype == np.uint8
+        assert archive["arr_0"].shape == (12, 8, 8, 1)
+        assert archive["arr_1"].tolist() == [7] * 6 + [3] * 6
+
+
+def test_samples_do_not_depend_on_the_batch(tmp_path):
+    archives = []
+    for batch in ("3", "7"):
+        out = tmp_path / f"{batch}.npz"
+        run("sample", "--num", "7", "--solver", "ddpm", "--steps", "5", "--batch", batch, "--out", str(out))
+        archives.append(np.load(out)["arr_0"].astype(int))
+    assert np.abs(archives[0] - archives[1]).max() <= 1  # the network's last bits may turn a rounding
+
+
+def test_a_trajectory_is_a_strip_of_its_moments(tmp_path):
+    out = tmp_path / "strip.png"
+    run("sample", "--num", "2", "--steps", "10", "--trajectory", "--out", str(out))
+    with Image.open(out) as picture:
+        assert picture.width > 5 * picture.height  # 11 moments by 2 samples
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model", "digit"], "digits"),
+        (["--class", "10"], "--class"),
+        (["--class", "seven"], "--class"),
+        (["--solver", "ddimm"], "ddim"),
+        (["--steps", "1001"], "steps"),
+        (["--eta", "2"], "eta"),
+        (["--seed", str(2**64)], "seed"),
+        (["--out", "samples.gif.txt"], "samples.gif.txt"),
+        (["--out", "nowhere/samples.png"], "nowhere"),
+        (["--trajectory", "--num", "500"], "--trajectory"),
+        (["--trajectory", "--out", "strip.npz"], "strip.npz"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    said = run("sample", *arguments, code=2)
+    assert named in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_leaves_a_model_that_samples(tmp_path):
+    folder = tmp_path / "run"
+    said = run("train", "--data", "digits", "--out", str(folder), "--steps", "3", *TINY)
+    assert "fastdiff sample --model" in said
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 3
+    assert (folder / "loss.png").exists()
+    assert list((folder / "samples").iterdir())
+    about = json.loads((folder / "model" / "config.json").read_text())["about"]
+    assert "CC BY" in about["data"]
+    assert about["seed"] == 0
+    run(
+        "sample",
+        "--model",
+        str(folder / "model"),
+        "--num",
+        "2",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "x.png"),
+    )
+    assert (tmp_path / "x.png").exists()
+
+
+def test_training_on_a_folder_without_classes(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (12, 10, 3), dtype=np.uint8)).save(photos / f"{i}.png")
+    folder = tmp_path / "run"
+    run("train", "--data", str(photos), "--size", "8", "--out", str(folder), "--steps", "2", *TINY)
+    out = tmp_path / "x.npz"
+    run("sample", "--model", str(folder / "model"), "--num", "3", "--steps", "2", "--out", str(out))
+    assert np.load(out)["arr_0"].shape == (3, 8, 8, 3)
+    assert "--class" in run(
+        "sample", "--model", str(folder / "model"), "--class", "1", "--out", str(out), code=2
+    )
+
+
+def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(tmp_path):
+    folder = str(tmp_path / "run")
+    run("train", "--data", "digits", "--out", folder, "--steps", "2", *TINY, "--lr-schedule", "constant")
+    again = ["train", "--data", "digits", "--out", folder, "--steps", "4", *TINY, "--lr-schedule", "constant"]
+    assert "resume" in run(*again, code=2)
+    assert "lr" in run(*again, "--resume", "--lr", "0.5", code=2)
+    assert "trained 4 steps" in run(*again, "--resume")
+
+
+def test_a_killed_training_resumes_to_the_same_model(tmp_path):
+    def command(folder: Path) -> list[str]:
+        arguments = ["train", "--data", "digits", "--out", str(folder), "--steps", "40", *TINY]
+        return [sys.executable, "-m", "fastdiff", *arguments, "--checkpoint-every", "5"]
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(straight), check=True, capture_output=True, env=environment)
+    process = subprocess.Popen(command(killed), stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(killed.glob("checkpoints/step-0000001*")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    process.wait()
+    subprocess.run([*command(killed), "--resume"], check=True, capture_output=True, env=environment)
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (straight, killed)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "digits", "--schedule", "cosin"], "--schedule"),
+        (["--data", "digits", "--dtype", "int8"], "--dtype"),
+        (["--data", "digits", "--mult", "1;2"], "--mult"),
+        (["--data", "digits", "--lr", "-1"], "lr"),
+        (["--data", "digits", "--prediction", "epsilon"], "prediction"),
+        (["--data", "digits", "--loss", "simpel"], "loss"),
+    ],
+)
+def test_a_training_mistake_is_one_line_and_leaves_nothing(tmp_path, arguments, named):
+    said = run("train", *arguments, "--out", str(tmp_path / "run"), code=2)
+    assert named in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,135 @@
+"""The compiled CPU kernels: built once, kept safely, replaced by NumPy where they cannot be."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import assert_same_bits, library
+
+from fastdiff import ops
+from fastdiff.kernels import cpu
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A process that has not looked for the library yet, with a cache of its own."""
+    monkeypatch.setattr(cpu, "_library", None)
+    monkeypatch.setattr(cpu, "_thread", None)
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that two processes filled at the same time."""
+    library()
+    cache = tmp_path_factory.mktemp("home") / "cache"
+    code = "from fastdiff.kernels import cpu; raise SystemExit(cpu.library(wait=True) is None)"
+    environment = os.environ | {"FASTDIFF_CACHE": str(cache)}
+    racing = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in racing] == [0, 0]
+    return cache
+
+
+def test_two_processes_that_build_at_once_leave_one_library_and_its_digest(built: Path) -> None:
+    assert sorted(path.suffix for path in built.iterdir()) == [".sha256", ".so"]
+
+
+def test_cache_is_private(built: Path) -> None:
+    assert stat.S_IMODE(built.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in built.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "digest lost"])
+def test_damaged_library_is_rebuilt(
+    fresh: Path, built: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh.mkdir()
+    name = next(built.glob("*.so")).name
+    content = (built / name).read_bytes()
+    changed = {"truncated": content[:1000], "overwritten": bytes(len(content)), "digest lost": content}
+    (fresh / name).write_bytes(changed[damage])
+    if damage != "digest lost":
+        digest = next(built.glob("*.sha256"))
+        (fresh / digest.name).write_bytes(digest.read_bytes())
+    assert cpu.library(wait=True) is not None
+    assert cpu._intact(fresh / name)
+    assert not caplog.records
+
+
+def test_library_of_another_user_is_not_loaded(
+    built: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FASTDIFF_CACHE", str(built))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert cpu.library(wait=True) is None
+    assert "belongs to another user" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["compiler", "missing compiler", "cache"])
+def test_build_that_fails_falls_back_with_one_warning_and_the_same_bits(
+    fresh: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = ops.normal((300,), 7, 2, 0) if cpu.library(wait=True) else None
+    monkeypatch.setattr(cpu, "_library", None)
+    monkeypatch.setattr(cpu, "_thread", None)
+    if broken == "compiler":
+        monkeypatch.setenv("CXX", "false")
+    elif broken == "missing compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(fresh))
+    else:
+        (fresh.parent / "file").write_text("no folder")
+        monkeypatch.setenv("FASTDIFF_CACHE", str(fresh.parent / "file"))
+    assert cpu.library(wait=True) is None
+    got = [ops.normal((300,), 7, 2, 0) for _ in range(2)]
+    assert len(caplog.records) == 1
+    assert "NumPy" in caplog.text
+    assert_same_bits(got[0], got[1])
+    if expected is not None:
+        assert_same_bits(got[0], expected)
+
+
+def test_native_zero_neither_builds_nor_loads(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FASTDIFF_NATIVE", "0")
+    assert cpu.library(wait=True) is None
+    assert torch.isfinite(ops.normal((3,), 0, 1, 0)).all()
+    assert not caplog.records
+    assert not fresh.exists()
+
+
+def test_change_of_a_constant_is_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cpu._cache_file(["g++"])
+    assert before == cpu._cache_file(["g++"])
+    monkeypatch.setattr("fastdiff.kernels._philox_numpy.ROUNDS", 7)
+    assert cpu._cache_file(["g++"]) != before
+    assert cpu._cache_file(None) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.5, "constexpr float N = 0x1.0000000000000p-1f;"),
+        (-3, "constexpr int N = -3;"),
+        (2**31, "constexpr unsigned N = 2147483648u;"),
+        ((1.0, -2.0), "constexpr float N[] = {0x1.0000000000000p+0f, -0x1.0000000000000p+1f};"),
+    ],
+)
+def test_constants_become_exact_literals(value: object, text: str) -> None:
+    assert cpu._constant("N", value) == text
+
+
+def test_home_of_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FASTDIFF_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cpu._cache_file(["g++"]).parent == tmp_path / "fastdiff"
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "own"))
+    assert cpu._cache_file(["g++"]).parent == tmp_path / "own"
