@@ -1,13 +1,11 @@
 """How good the embedded model is: what a classifier of digits reads, how varied and how new its samples are.
 
-    python -m benchmarks.digits            1 000 samples per line; the model's card and picture brought up to date
+    python -m benchmarks.digits        1 000 samples per line; the card and the picture brought up to date
 
-- read: the share of samples that carry their class, as read by an SVC (gamma 0.001) trained on all 1 797 real
-  digits.
-- spread: the standard deviation within a class, averaged over pixels and classes, over that of the real digits.
-- near: the share of samples nearer to a training image than the 1 % quantile of the held-out digits' distances
-  to the training images (Euclidean, in the data's own units 0..16): about 1 % for new digits, more if the model
-  repeats what it has seen.
+- read: the share of samples that carry their class, read by an SVC (gamma 0.001) trained on all real digits.
+- spread: the standard deviation within a class, averaged over pixels and classes, over the real digits'.
+- near: the share of samples nearer to a training image than the 1 % quantile of held-out digits' distances
+  to the training images (Euclidean, in the data's units 0..16): about 1 % for new digits, more for copies.
 """
 
 from __future__ import annotations
