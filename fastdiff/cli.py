@@ -6,6 +6,7 @@ Torch is imported when a command runs, so that --help is quick.
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 import sys
 import time
@@ -232,14 +233,16 @@ def train(
         weight_decay=weight_decay, ema_decay=ema, label_dropout=label_dropout, seed=seed,
         sample_every=sample_every, checkpoint_every=checkpoint_every,
     )  # fmt: skip
+    factors = _numbers("--mult", mult)
     images = load_data(data, size=size, holdout=holdout, skip_bad=skip_bad)
     torch.manual_seed(seed)
     network = UNet(
         images.shape[0],
         model_channels=channels,
-        channel_mult=_numbers("--mult", mult),
+        channel_mult=factors,
         num_res_blocks=blocks,
         attention_levels=_numbers("--attention", attention),
+        head_channels=math.gcd(32, *(channels * factor for factor in factors)),
         dropout=dropout,
         num_classes=images.num_classes or 0,
     ).to(device or _default_device())
