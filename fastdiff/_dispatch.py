@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from importlib import import_module
 from typing import Any
@@ -12,13 +11,17 @@ import torch
 
 TARGETS = ("eps", "v", "x0")  # of q_sample: kind 1, 2, 3
 _BACKENDS = ("torch", "triton")
-_MODULES = {"normal": "philox", "q_sample": "q_sample", "reverse_step": "reverse_step", "advance": "advance"}
+_MODULES = {"normal": "philox"}  # where an operator is not in the module of its name
 
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define("normal(Tensor seed, Tensor sample_id, Tensor draw, int domain, int numel) -> Tensor")
 _library.define(
     "q_sample(Tensor x0, Tensor alpha_sigma, Tensor t, Tensor seed, Tensor sample_id, Tensor draw, int kind, "
     "Tensor? noise, ScalarType dtype) -> (Tensor, Tensor)"
+)
+_library.define(
+    "denoising_loss(Tensor out, Tensor x0, Tensor alpha_sigma, Tensor t, Tensor seed, Tensor sample_id, "
+    "Tensor draw, int kind, Tensor? weight, Tensor? noise, bool with_grad) -> (Tensor, Tensor)"
 )
 _library.define(
     "reverse_step_(Tensor(a!) x, Tensor(b!)? registers, Tensor out, Tensor(c!)? u, Tensor coef, Tensor plan, "
@@ -39,7 +42,7 @@ def _run(name: str, device: torch.device, *operands: Any) -> None:
         raise ValueError(f"FASTDIFF_BACKEND must be one of {_BACKENDS} or unset, got {chosen!r}")
     if not chosen:
         chosen = "triton" if device.type == "cuda" and _has_triton() else "torch"
-    kernel = getattr(import_module(f"fastdiff.kernels.{_MODULES[name]}"), f"{name}_{chosen}")
+    kernel = getattr(import_module(f"fastdiff.kernels.{_MODULES.get(name, name)}"), f"{name}_{chosen}")
     with torch.no_grad():
         if device.type != "cuda":
             kernel(*operands)
@@ -69,7 +72,7 @@ def _flat(tensor: Any, lead: int = 1) -> Any:
     """[..., N]: the sample's dimensions after the first `lead` as one; a view of a dense tensor."""
     if tensor is None:
         return None
-    return tensor.reshape(*tensor.shape[:lead], math.prod(tensor.shape[lead:]))
+    return tensor.flatten(lead) if tensor.dim() > lead else tensor.unsqueeze(-1)
 
 
 def _normal(
@@ -129,6 +132,46 @@ def _q_sample_backward(
     return grad, *[None] * 8
 
 
+def _denoising_loss(
+    out: torch.Tensor, x0: torch.Tensor, alpha_sigma: torch.Tensor, t: torch.Tensor, seed: torch.Tensor,
+    sample_id: torch.Tensor, draw: torch.Tensor, kind: int, weight: torch.Tensor | None,
+    noise: torch.Tensor | None, with_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    from fastdiff.kernels.denoising_loss import Loss
+
+    small = (alpha_sigma, t, seed, sample_id, draw)
+    loss, grad = _denoising_loss_fake(out, x0, *small, kind, weight, noise, with_grad)
+    elements = (_flat(grad) if with_grad else None, _flat(_dense(out)), _flat(_dense(x0)))
+    operands = Loss._make((loss, *elements, *map(_dense, small), kind, _dense(weight), _flat(_dense(noise))))
+    _run("denoising_loss", out.device, operands)
+    return loss, grad
+
+
+def _denoising_loss_fake(
+    out: torch.Tensor, x0: torch.Tensor, alpha_sigma: torch.Tensor, t: torch.Tensor, seed: torch.Tensor,
+    sample_id: torch.Tensor, draw: torch.Tensor, kind: int, weight: torch.Tensor | None,
+    noise: torch.Tensor | None, with_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    loss = torch.empty(out.shape[0], dtype=torch.float32, device=out.device)
+    return loss, torch.empty(out.shape if with_grad else (0,), dtype=out.dtype, device=out.device)
+
+
+def _denoising_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    if not inputs[-1]:
+        raise RuntimeError("denoising_loss was run with with_grad=False, so it has no gradient")
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _denoising_loss_backward(
+    ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradient that the loss's own pass has left, times each sample's."""
+    (grad,) = ctx.saved_tensors
+    each = grad_loss.view(-1, *[1] * (grad.dim() - 1))
+    return (grad * each).to(grad.dtype), *[None] * 10
+
+
 def _reverse_step(
     x: torch.Tensor, registers: torch.Tensor | None, out: torch.Tensor, u: torch.Tensor | None, *rest: Any
 ) -> None:
@@ -157,8 +200,11 @@ def _register(name: str, implementation: Any, fake: Any) -> None:
 
 _register("normal", _normal, _normal_fake)
 _register("q_sample", _q_sample, _q_sample_fake)
+_register("denoising_loss", _denoising_loss, _denoising_loss_fake)
 _register("reverse_step_", _reverse_step, lambda *operands: None)
 _register("advance_", _advance, lambda *operands: None)
-torch.library.register_autograd(
-    "fastdiff::q_sample", _q_sample_backward, setup_context=_q_sample_setup, lib=_library
-)
+for _name, _backward, _setup in (
+    ("q_sample", _q_sample_backward, _q_sample_setup),
+    ("denoising_loss", _denoising_loss_backward, _denoising_loss_setup),
+):
+    torch.library.register_autograd(f"fastdiff::{_name}", _backward, setup_context=_setup, lib=_library)

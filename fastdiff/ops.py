@@ -22,9 +22,10 @@ from fastdiff._arguments import integers, noise_key, require
 if TYPE_CHECKING:
     from fastdiff.kernels.layout import PackedTable
 
-__all__ = ["advance", "noise_key", "normal", "q_sample", "reverse_step"]
+__all__ = ["advance", "denoising_loss", "noise_key", "normal", "q_sample", "reverse_step"]
 
 _TARGETS = (None, *_dispatch.TARGETS)
+_NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def normal(
@@ -111,6 +112,67 @@ def q_sample(
         x0, alpha_sigma, t, key, ids, draws, _TARGETS.index(target), noise, dtype or x0.dtype
     )
     return x_t, None if target is None else goal
+
+
+def denoising_loss(
+    out: torch.Tensor,
+    x0: torch.Tensor,
+    alpha_sigma: torch.Tensor,
+    t: torch.Tensor,
+    seed: int | torch.Tensor,
+    sample_ids: Sequence[int] | torch.Tensor | None,
+    draw: int | torch.Tensor,
+    *,
+    target: str = "eps",
+    weight: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each sample's weighted mean squared error against what `q_sample` with the same key says to predict.
+
+        loss_b = weight_b mean_i (out_i - target_i)^2;   eps = z,  v = alpha_t z - sigma_t x_0,  x0 = x_0
+
+    The noise is drawn again and never stored; the gradient of `out` comes from the same pass.
+
+    Args:
+        out: [B, ...] the network's prediction, float32, bfloat16 or float16. Its gradient is defined.
+        x0: [B, ...] float32, of out's shape. Read where the target is v or x0; has no gradient.
+        alpha_sigma: [T, 2] float32 on out's device: sqrt(alpha_bar), sqrt(1 - alpha_bar).
+        t: [B] int64 rows of `alpha_sigma`; clamped into it on the device.
+        seed, sample_ids, draw: the noise's key, as `q_sample` had it.
+        target: "eps", "v" or "x0".
+        weight: [B] float32; None for 1. Has no gradient.
+        noise: [B, ...] float32 used in place of the drawn z.
+
+    Returns:
+        [B] float32.
+
+    Raises:
+        ValueError: shape, dtype or device mismatch, before any launch.
+
+    Traffic: reads `out`, writes its gradient, nothing else where the target is eps.
+    Source: Ho et al. 2020, eq. 14; Salimans and Ho 2022.
+    """
+    if target not in _dispatch.TARGETS:
+        raise ValueError(f"`target` must be one of {_dispatch.TARGETS}, got {target!r}")
+    require("out", out)
+    if out.dtype not in _NETWORK_DTYPES:
+        raise ValueError(f"`out` must be of {_NETWORK_DTYPES}, got {out.dtype}")
+    batch, device = out.shape[0], out.device
+    require("x0", x0, dtype=torch.float32, device=device, shape=tuple(out.shape))
+    require("alpha_sigma", alpha_sigma, dtype=torch.float32, device=device, shape=(None, 2))
+    require("t", t, dtype=torch.int64, device=device, shape=(batch,))
+    if weight is not None:
+        require("weight", weight, dtype=torch.float32, device=device, shape=(batch,))
+    if noise is not None:
+        require("noise", noise, dtype=torch.float32, device=device, shape=tuple(out.shape))
+    key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, device)
+    draws = integers("draw", draw, batch, device)
+    wants_grad = out.requires_grad and torch.is_grad_enabled()
+    kind = 1 + _dispatch.TARGETS.index(target)
+    given = (None if a is None else a.detach() for a in (weight, noise))
+    operands = (out, x0.detach(), alpha_sigma.detach(), t, key, ids, draws, kind, *given, wants_grad)
+    loss: torch.Tensor = torch.ops.fastdiff.denoising_loss(*operands)[0]
+    return loss
 
 
 def reverse_step(

@@ -28,7 +28,8 @@ def cut(batch: int, n: int, *tensors: torch.Tensor | None) -> tuple[tuple[int, i
     blocks = -(-n // block)
     high = -(-blocks // _GRID_END)
     half = any(t is not None and t.element_size() == 2 for t in tensors)
-    options = dict(BLOCK=block, WIDTH=8 if half else 4, num_warps=block // (32 * _PER_THREAD))
+    warp = 64 if torch.version.hip else 32
+    options = dict(BLOCK=block, WIDTH=8 if half else 4, num_warps=max(1, block // (warp * _PER_THREAD)))
     return (batch, -(-blocks // high), high), options | dict(enable_fp_fusion=False)
 
 

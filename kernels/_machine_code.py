@@ -1,8 +1,8 @@
-"""Reads compiled kernels: SASS and AMD assembly cut into basic blocks, with the paths that never run told apart.
+"""Reads compiled kernels: SASS and AMD assembly in basic blocks, with slow paths told apart.
 
-A correctly rounded square root is a short sequence, and a called function for the few operands (0, infinities,
-denormals) where that fails. The call's block, the one it returns to and the function are a slow path: they are
-counted, but not as executed. Everything else counts as executed once, branches not taken included.
+A correctly rounded square root is a short sequence, and a called function for the few operands (0,
+infinities, denormals) where that fails. The call's block, the one it returns to and the function are a slow
+path: they are counted, but not as executed. All else counts as executed once, branches not taken included.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 _INSTRUCTION = re.compile(r"^(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;$")
 _WIDTH = re.compile(r"\.(128|64|U?S?16|U?S?8)\b")
-# opcodes by the unit that executes them (NVIDIA's CUDA Binary Utilities, "Instruction Set Reference"; IMAD runs
-# on the multiply-add unit)
+# opcodes by the unit that executes them (NVIDIA's CUDA Binary Utilities, "Instruction Set Reference"; IMAD
+# runs on the multiply-add unit)
 _MULTIPLY_ADD = ("FMUL", "FADD", "FFMA", "IMAD", "HFMA2", "HMUL2", "HADD2")
 _SPECIAL = ("MUFU", "I2F.", "F2I", "F2F")
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDL", "STL", "LDC", "ATOM", "RED.")
@@ -61,9 +61,13 @@ class Code:
     @property
     def accesses(self) -> Counter[tuple[str, int]]:
         """Executed accesses to global memory, ("load" or "store", bits)."""
-        kinds = {"LDG": "load", "STG": "store", "global_load": "load", "global_store": "store"}
-        found = ((kind, op) for op in self.executed for start, kind in kinds.items() if op.startswith(start))
-        return Counter((kind, _bits(op)) for kind, op in found)
+        kinds = (
+            ("load", ("LDG", "global_load", "buffer_load")),
+            ("store", ("STG", "global_store", "buffer_store")),
+        )
+        return Counter(
+            (kind, _bits(op)) for op in self.executed for kind, starts in kinds if op.startswith(starts)
+        )
 
     def _count(self, start: str) -> int:
         return sum(op.startswith(start) for op in self.executed)

@@ -10,6 +10,7 @@ import torch
 
 from . import layout
 from .advance import Advance, advance_triton
+from .denoising_loss import Loss, denoising_loss_triton
 from .philox import normal_triton
 from .q_sample import TARGETS, Forward, q_sample_triton
 from .reverse_step import Step, reverse_step_triton
@@ -29,6 +30,10 @@ class Specialisation:
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _int64(count: int, batch: int) -> list[torch.Tensor]:
+    return [_empty(batch, dtype=torch.int64) for _ in range(count)]
 
 
 def reverse_step(
@@ -64,16 +69,28 @@ def q_sample(
     target: str = "none", dtype: torch.dtype = torch.bfloat16, batch: int = _BATCH, n: int = _N
 ) -> None:
     """Launch `q_sample`."""
-    key = [_empty(batch, dtype=torch.int64) for _ in range(4)]
+    t, seed, sample_id, draw = _int64(4, batch)
     x_t, goal = _empty(batch, n, dtype=dtype), _empty(batch, n)
     kind = TARGETS.index(target)
-    q_sample_triton(Forward(x_t, goal if kind else None, _empty(batch, n), _empty(_ROWS, 2), *key, kind))
+    goal_or_none = goal if kind else None
+    x0, levels = _empty(batch, n), _empty(_ROWS, 2)
+    q_sample_triton(Forward(x_t, goal_or_none, x0, levels, t, seed, sample_id, draw, kind))
+
+
+def denoising_loss(
+    target: str = "eps", dtype: torch.dtype = torch.bfloat16, batch: int = _BATCH, n: int = _N
+) -> None:
+    """Launch `denoising_loss` with its gradient."""
+    t, seed, sample_id, draw = _int64(4, batch)
+    out, x0, levels = _empty(batch, n, dtype=dtype), _empty(batch, n), _empty(_ROWS, 2)
+    kind = TARGETS.index(target)
+    denoising_loss_triton(Loss(_empty(batch), out, out, x0, levels, t, seed, sample_id, draw, kind))
 
 
 def normal(batch: int = _BATCH, n: int = _N) -> None:
     """Launch `normal`."""
-    key = [_empty(batch, dtype=torch.int64) for _ in range(3)]
-    normal_triton(_empty(batch, n), *key, domain=0)
+    seed, sample_id, draw = _int64(3, batch)
+    normal_triton(_empty(batch, n), seed, sample_id, draw, domain=0)
 
 
 def advance(batch: int = _BATCH) -> None:
@@ -92,6 +109,8 @@ IN_USE = (
     Specialisation("q_sample", "bf16", q_sample, 6),
     Specialisation("q_sample", "bf16 eps", lambda: q_sample("eps"), 10),
     Specialisation("q_sample", "fp32 v", lambda: q_sample("v", torch.float32), 12),
+    Specialisation("denoising_loss", "bf16 eps", denoising_loss, 4),
+    Specialisation("denoising_loss", "fp32 v", lambda: denoising_loss("v", torch.float32), 12),
     Specialisation("normal", "fp32", normal, 4),
     Specialisation("advance", "int32", advance, 0),
 )

@@ -83,6 +83,14 @@ inline void add_term(float* sum, float a, const float* value, int count) {
     for (int i = 0; i < count; i++) sum[i] = sum[i] + a * value[i];
 }
 
+// what the network should predict: eps, v, x0 by the index of its kind in q_sample.py
+inline void fill_target(float* goal, int kind, float alpha, float sigma, const float* x, const float* z, int count) {
+  if (kind == 1) std::copy(z, z + count, goal);
+  if (kind == 2)
+    for (int i = 0; i < count; i++) goal[i] = alpha * z[i] - sigma * x[i];
+  if (kind == 3) std::copy(x, x + count, goal);
+}
+
 }  // namespace
 
 extern "C" {
@@ -112,11 +120,40 @@ void fd_q_sample(float* x_t, float* target, const float* x0, const float* noise,
     if (!noise) normals(drawn, start, count, seed[b], sample_id[b], draw[b], DOMAIN_TRAIN);
     float* y = x_t + base;
     for (int i = 0; i < count; i++) y[i] = alpha * x[i] + sigma * z[i];
-    float* goal = target + base;
-    if (kind == 1) std::copy(z, z + count, goal);
-    if (kind == 2)
-      for (int i = 0; i < count; i++) goal[i] = alpha * z[i] - sigma * x[i];
-    if (kind == 3) std::copy(x, x + count, goal);
+    if (kind) fill_target(target + base, kind, alpha, sigma, x, z, count);
+  }
+}
+
+// blocks of a sample of n elements: the sums that fd_denoising_loss leaves for each
+int fd_blocks(int64_t n) { return (int)((n + BLOCK - 1) / BLOCK); }
+
+// sums: [batch, fd_blocks(n)]; grad, noise, weight or null
+void fd_denoising_loss(double* sums, float* grad, const float* out, const float* x0, const float* noise, const float* alpha_sigma,
+                       const int64_t* t, const float* weight, const int64_t* seed, const int64_t* sample_id, const int64_t* draw,
+                       int64_t batch, int64_t n, int64_t levels, int kind, int threads) {
+  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
+  for (int64_t task = 0; task < batch * chunks; task++) {
+    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
+    const int count = (int)std::min<int64_t>(BLOCK, n - start);
+    const int64_t level = std::min<int64_t>(std::max<int64_t>(t[b], 0), levels - 1);
+    float drawn[BLOCK], error[BLOCK];
+    const float* z = noise ? noise + base : drawn;
+    if (!noise && kind != 3) normals(drawn, start, count, seed[b], sample_id[b], draw[b], DOMAIN_TRAIN);
+    fill_target(error, kind, alpha_sigma[2 * level], alpha_sigma[2 * level + 1], x0 + base, z, count);
+    for (int i = 0; i < count; i++) error[i] = out[base + i] - error[i];
+    // sixteen sums side by side, so that the compiler need not reorder one
+    float part[16] = {0};
+    for (int i = 0; i < count / 16 * 16; i += 16)
+      for (int k = 0; k < 16; k++) part[k] += error[i + k] * error[i + k];
+    double total = 0;
+    for (int i = count / 16 * 16; i < count; i++) total += error[i] * error[i];
+    for (int k = 0; k < 16; k++) total += part[k];
+    sums[task] = total;
+    if (grad) {
+      const float scale = (float)(2.0 / (double)n) * (weight ? weight[b] : 1.0f);
+      for (int i = 0; i < count; i++) grad[base + i] = scale * error[i];
+    }
   }
 }
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_FUNCTIONS = ("fd_normal", "fd_q_sample", "fd_reverse_step")
+_FUNCTIONS = ("fd_normal", "fd_q_sample", "fd_denoising_loss", "fd_reverse_step")
 # exact arithmetic first
 _EXACT = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # then the widest vectors that the machine has (512 bits: 1.3x over the compiler's own choice on an AVX-512

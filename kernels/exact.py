@@ -1,4 +1,4 @@
-"""exp with the same bits everywhere: multiplications and additions that each round once.
+"""exp and sums with the same bits everywhere: multiplications and additions that each round once.
 
     exp(y) = 2^n P(r),  n = round(y / ln 2),  r = y - n ln 2 in two parts          relative error <= 2e-7
     y is clamped to [-87, 88]
@@ -47,6 +47,21 @@ def exact_exp(y):
     p = p * r + _E0
     scale = ((rounded.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
     return p * scale
+
+
+@jit
+def first_term(coefficient, value):
+    """coefficient * value, or -0.0, to which a term adds up unchanged, where the coefficient is 0."""
+    nothing = tl.full(value.shape, -0x80000000, tl.int32).to(tl.float32, bitcast=True)
+    return tl.where(coefficient != 0.0, coefficient * value, nothing)
+
+
+@jit
+def add_term(total, coefficient, value):
+    """total + coefficient * value; total where the coefficient is 0, whatever the value."""
+    if coefficient != 0.0:
+        total = total + coefficient * value
+    return total
 
 
 def exact_exp_numpy(y: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Device:
-    """Published peaks of a GPU: multiprocessors, GHz, GB/s; multiply-adds and integer operations a clock."""
+    """Published peaks of a GPU: multiprocessors, GHz, GB/s, multiply-adds a clock and multiprocessor."""
 
     name: str
     target: str
@@ -36,16 +36,15 @@ class Device:
     clock: float
     bandwidth: float
     multiply_adds: int
-    integers: int
 
 
-# NVIDIA's datasheets of the SXM boards and the CUDA C++ Programming Guide, "Arithmetic Instructions"; every one
-# issues 128 lanes and 16 special functions a clock and multiprocessor
+# NVIDIA's datasheets of the SXM boards and the CUDA C++ Programming Guide, "Arithmetic Instructions"; each
+# multiprocessor issues 128 lanes a clock, of which 64 integer operations and 16 special functions
 DEVICES = (
-    Device("A100", "sm_80", 108, 1.41, 2039, 64, 64),
-    Device("H100", "sm_90", 132, 1.755, 3350, 128, 64),
-    Device("H200", "sm_90", 132, 1.755, 4800, 128, 64),
-    Device("B200", "sm_100", 148, 1.85, 8000, 128, 128),
+    Device("A100", "sm_80", 108, 1.41, 2039, 64),
+    Device("H100", "sm_90", 132, 1.755, 3350, 128),
+    Device("H200", "sm_90", 132, 1.755, 4800, 128),
+    Device("B200", "sm_100", 148, 1.85, 8000, 128),
 )
 
 
@@ -122,9 +121,9 @@ def read(compiled: Any, launch: Launch, target: str, s: _specialisations.Special
         _machine_code.amd(compiled.asm["amdgcn"]) if is_amd else _machine_code.nvidia(compiled.asm["cubin"])
     )
     elements = launch.arguments["BLOCK"]
-    threads = launch.options.get("num_warps", 4) * (64 if is_amd else 32)
+    threads = compiled.metadata.num_warps * (64 if is_amd else 32)
     a_lane = threads / elements
-    moved = tensor_bytes(compiled.asm["ttgir"])
+    moved = tensor_bytes(compiled.asm["ttir"])
     wide = sum(count * 16 for (_, bits), count in code.accesses.items() if bits == 128) * threads
     pipes = {name: count * a_lane for name, count in sorted(code.pipes.items())}
     executed, traffic = len(code.executed) * a_lane, moved / elements
@@ -181,10 +180,13 @@ def compile_for(launch: Launch, target: str) -> Any:
         if (value.data_ptr() if is_tensor else value) % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, values, attributes)
-    hardware = (
-        GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    )
-    return triton.compile(source, target=hardware, options=launch.options)
+    options = dict(launch.options)
+    if target.startswith("gfx"):  # the launchers halve the warps there, which have 64 lanes
+        options["num_warps"] = max(1, options["num_warps"] // 2)
+        hardware = GPUTarget("hip", target, 64)
+    else:
+        hardware = GPUTarget("cuda", int(target[3:]), 32)
+    return triton.compile(source, target=hardware, options=options)
 
 
 _TYPES = {
@@ -193,9 +195,9 @@ _TYPES = {
 }  # fmt: skip
 
 
-def tensor_bytes(ttgir: str) -> int:
+def tensor_bytes(ttir: str) -> int:
     """Bytes that one program's loads and stores of whole blocks move, each counted once."""
-    found = re.findall(r"tt\.(?:load|store) .*?: tensor<(\d+)x!tt\.ptr<([a-z]+)(\d+)>", ttgir)
+    found = re.findall(r"tt\.(?:load|store) .*?: tensor<(\d+)x!tt\.ptr<([a-z]+)(\d+)>", ttir)
     return sum(int(size) * int(bits) // 8 for size, _, bits in found)
 
 
@@ -206,7 +208,7 @@ def _bound(d: Device, executed: float, pipes: dict[str, float], traffic: float) 
         "memory": traffic / d.bandwidth,
         "issue": executed / (128 * clocks),
         "multiply-add": pipes.get("multiply-add", 0.0) / (d.multiply_adds * clocks),
-        "integer and logic": pipes.get("integer and logic", 0.0) / (d.integers * clocks),
+        "integer and logic": pipes.get("integer and logic", 0.0) / (64 * clocks),
         "special": pipes.get("special", 0.0) / (16 * clocks),
     }
     slowest = max(times, key=lambda name: times[name])
@@ -228,8 +230,7 @@ def to_table(rows: Sequence[Report]) -> str:
         "int",
         "special",
     )
-    head += ("fused", "wide", "bytes", "least", "bound")  # type: ignore[assignment]
-    lines = [head]
+    lines: list[tuple[str, ...]] = [(*head, "fused", "wide", "bytes", "least", "bound")]
     for r in rows:
         pipes = (f"{r.pipes.get(p, 0.0):.1f}" for p in ("multiply-add", "integer and logic", "special"))
         bounds = ", ".join(f"{device} {what} {ratio:.2f}x" for device, (what, ratio) in r.bounds.items())

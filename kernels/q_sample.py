@@ -20,7 +20,7 @@ from ._triton import jit, tl
 from .philox import DOMAIN_TRAIN, normal_block, normal_reference, normal_torch
 
 TARGETS = ("none", "eps", "v", "x0")
-_EPS, _V, _X0 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_NONE, _EPS, _V = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _DOMAIN_TRAIN = tl.constexpr(DOMAIN_TRAIN)
 
 
@@ -51,6 +51,17 @@ class Forward(NamedTuple):
 
 
 @jit
+def target_of(alpha, sigma, x0, z, KIND: tl.constexpr):
+    """What the network should predict, by the index of its kind in `TARGETS`."""
+    if KIND == _EPS:
+        return z
+    elif KIND == _V:
+        return alpha * z - sigma * x0
+    else:
+        return x0
+
+
+@jit
 def _q_sample_kernel(
     x_t_ptr, target_ptr, x0_ptr, alpha_sigma_ptr, t_ptr, seed_ptr, sample_id_ptr, draw_ptr, noise_ptr,
     levels, n,
@@ -76,12 +87,8 @@ def _q_sample_kernel(
         z = normal_block(start, draw, sample_id, _DOMAIN_TRAIN, seed, BLOCK, WIDTH)
     x_t = alpha * x0 + sigma * z
     tl.store(x_t_ptr + own, x_t.to(x_t_ptr.dtype.element_ty), mask=inside)
-    if KIND == _EPS:
-        tl.store(target_ptr + own, z, mask=inside)
-    if KIND == _V:
-        tl.store(target_ptr + own, alpha * z - sigma * x0, mask=inside)
-    if KIND == _X0:
-        tl.store(target_ptr + own, x0, mask=inside)
+    if KIND != _NONE:
+        tl.store(target_ptr + own, target_of(alpha, sigma, x0, z, KIND), mask=inside)
 
 
 def q_sample_triton(f: Forward) -> None:

@@ -23,7 +23,7 @@ from . import cpu, layout
 from ._blocks import cut, first_element
 from ._reverse_step_cpu import step_eager, step_native
 from ._triton import jit, tl
-from .exact import exact_exp
+from .exact import add_term, exact_exp, first_term
 from .philox import DOMAIN_STEP, normal_block, normal_reference
 
 
@@ -79,20 +79,9 @@ _READS_OUT, _READS_NOISE = tl.constexpr(layout.READS_OUT), tl.constexpr(layout.R
 _WRITES_U = tl.constexpr(layout.WRITES_U)
 _READS_LEARNED, _READS_CLIP = tl.constexpr(layout.READS_LEARNED), tl.constexpr(layout.READS_CLIP)
 _DOMAIN_STEP = tl.constexpr(DOMAIN_STEP)
-
-
-@jit
-def _first_term(coefficient, value):
-    """coefficient * value, or -0.0, to which a term adds up unchanged, where the coefficient is 0."""
-    nothing = tl.full(value.shape, -0x80000000, tl.int32).to(tl.float32, bitcast=True)
-    return tl.where(coefficient != 0.0, coefficient * value, nothing)
-
-
-@jit
-def _add_term(total, coefficient, value):
-    if coefficient != 0.0:
-        total = total + coefficient * value
-    return total
+# within one warp an element may be stored by another thread than the one that loaded it, with nothing but a
+# shuffle between; larger programs exchange through shared memory, behind a barrier
+_ONE_WARP = tl.constexpr(256)
 
 
 @jit
@@ -141,7 +130,10 @@ def _reverse_step_kernel(
         uncond = tl.load(other_out + offset, mask=reads_out, other=0.0).to(tl.float32)
         out = uncond + tl.load(scale_ptr + slot) * (out - uncond)
 
-    x0 = _add_term(_first_term(x0_from_x, state[0]), x0_from_out, out)
+    if BLOCK <= _ONE_WARP:
+        tl.debug_barrier()
+
+    x0 = add_term(first_term(x0_from_x, state[0]), x0_from_out, out)
     if (reads & _READS_CLIP) != 0:
         x0 = tl.clamp(x0, clip_lo, clip_hi, propagate_nan=tl.PropagateNan.ALL)
 
@@ -158,12 +150,12 @@ def _reverse_step_kernel(
             z = exact_exp((f * high + (1.0 - f) * low) * 0.5) * z
 
     for j in tl.static_range(K + 1):
-        total = _first_term(terms[j * (K + 4)], state[0])
+        total = first_term(terms[j * (K + 4)], state[0])
         for k in tl.static_range(1, K + 1):
-            total = _add_term(total, terms[j * (K + 4) + k], state[k])
-        total = _add_term(total, terms[j * (K + 4) + K + 1], x0)
-        total = _add_term(total, terms[j * (K + 4) + K + 2], out)
-        total = _add_term(total, terms[j * (K + 4) + K + 3], z)
+            total = add_term(total, terms[j * (K + 4) + k], state[k])
+        total = add_term(total, terms[j * (K + 4) + K + 1], x0)
+        total = add_term(total, terms[j * (K + 4) + K + 2], out)
+        total = add_term(total, terms[j * (K + 4) + K + 3], z)
         written = inside & ((writes & (1 << j)) != 0)
         if j == 0:
             tl.store(x_ptr + own + offset, total, mask=written)

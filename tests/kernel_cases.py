@@ -159,8 +159,10 @@ def random_step(
         cond[-1] = -1
     row = torch.randint(0, table.num_rows + 2, (batch,), generator=g, dtype=torch.int32)
     row[:1] = -1 if batch > 4 else 2
+    x = normal(batch, n)
+    x *= x.abs() > 0.2  # zeros of both signs: a sum must keep them
     return Step(
-        x=normal(batch, n),
+        x=x,
         registers=normal(registers, batch, n) if registers else None,
         out=normal(lanes, 2 * n if learned else n).to(dtype),
         u=torch.full((lanes, n), float("nan"), dtype=dtype),
@@ -245,3 +247,27 @@ def _dot(coefficients: torch.Tensor, values: list[Rounded]) -> Rounded:
         if a != 0:
             total = total + Rounded.exact(a) * value
     return total
+
+
+OP_SHAPE = (3, 4, 5)
+OP_TABLE = random_table(1, 0)
+
+
+def op_arguments(batch: int = 2, lanes: int | None = None, learned: bool = False) -> dict[str, Any]:
+    """Arguments of a valid `ops.reverse_step`."""
+    g = torch.Generator().manual_seed(1)
+    channels = OP_SHAPE[0] * (2 if learned else 1)
+    lanes = batch if lanes is None else lanes
+    return dict(
+        x=torch.randn(batch, *OP_SHAPE, generator=g),
+        out=torch.randn(lanes, channels, *OP_SHAPE[1:], generator=g),
+        table=OP_TABLE,
+        row=OP_TABLE.start(batch) + 2,
+        seed=7,
+        registers=torch.randn(1, batch, *OP_SHAPE, generator=g),
+        u=torch.zeros(lanes, *OP_SHAPE),
+    )
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)

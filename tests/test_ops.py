@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import assert_same_bits, random_table
+from kernel_cases import OP_SHAPE as SHAPE
+from kernel_cases import OP_TABLE as TABLE
+from kernel_cases import assert_same_bits, int32, random_table
+from kernel_cases import op_arguments as operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import fastdiff
-from fastdiff import ops
+from fastdiff import _dispatch, ops
+from fastdiff.kernels import _triton, philox
 from fastdiff.kernels import advance as advance_module
-from fastdiff.kernels import philox
 from fastdiff.kernels.layout import PackedTable
-
-SHAPE = (3, 4, 5)
-TABLE = random_table(1, 0)
-
-
-def operands(batch: int = 2, lanes: int | None = None, learned: bool = False) -> dict[str, Any]:
-    """Arguments of a valid `ops.reverse_step`."""
-    g = torch.Generator().manual_seed(1)
-    channels = SHAPE[0] * (2 if learned else 1)
-    lanes = batch if lanes is None else lanes
-    return dict(
-        x=torch.randn(batch, *SHAPE, generator=g),
-        out=torch.randn(lanes, channels, *SHAPE[1:], generator=g),
-        table=TABLE,
-        row=TABLE.start(batch) + 2,
-        seed=7,
-        registers=torch.randn(1, batch, *SHAPE, generator=g),
-        u=torch.zeros(lanes, *SHAPE),
-    )
 
 
 def raw(given: dict[str, Any]) -> tuple[Any, ...]:
@@ -53,13 +39,6 @@ def raw(given: dict[str, Any]) -> tuple[Any, ...]:
         given["row"],
         *key,
     ) + (None,) * 4
-
-
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-# registration
 
 
 def test_operators_pass_opcheck() -> None:
@@ -118,9 +97,6 @@ def test_operators_run_on_fake_tensors_without_their_kernels() -> None:
         ops.advance(row, table, torch.zeros(2, device="cuda"))
 
 
-# behaviour
-
-
 def test_normal_depends_on_nothing_but_its_coordinates() -> None:
     z = ops.normal(SHAPE, 9, 5, draw=3)
     assert (z.shape, z.dtype) == ((5, *SHAPE), torch.float32)
@@ -173,9 +149,6 @@ def test_table_without_registers_ignores_the_state_of_gradients() -> None:
     assert not x.requires_grad
 
 
-# the choice of backend
-
-
 def test_cuda_tensors_go_to_triton_and_others_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     called = record_backends(monkeypatch)
     ops.normal((4,), 0, 1, 0)
@@ -186,6 +159,80 @@ def test_cuda_tensors_go_to_triton_and_others_to_torch(monkeypatch: pytest.Monke
     monkeypatch.setenv("FASTDIFF_BACKEND", "")
     ops.normal((4,), 0, 1, 0)
     assert called == ["torch", "triton", "torch", "torch"]
+
+
+def test_launch_happens_under_the_tensors_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[str] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(str(wanted))
+        yield
+        current.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(philox, "normal_triton", lambda *operands: current.append("launch"))
+    _dispatch._run("normal", torch.device("cuda", 1), None)
+    assert current == ["cuda:1", "launch", "left"]
+
+
+def test_missing_triton_on_a_gpu_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_triton, "HAS_TRITON", False)
+    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(torch.cuda, "device", lambda wanted: nullcontext())
+    called = record_backends(monkeypatch)
+    for _ in range(2):
+        _dispatch._run("normal", torch.device("cuda"), None)
+    assert called == ["torch", "torch"]
+    assert len(caplog.records) == 1
+    assert "pip install triton" in caplog.text
+
+
+def test_two_threads_give_the_bits_of_one() -> None:
+    def chain(seed: int) -> torch.Tensor:
+        given = operands(8)
+        row, t = given.pop("row").zero_(), torch.zeros(8)
+        for _ in range(TABLE.num_rows):
+            ops.reverse_step(row=row, **(given | dict(seed=seed)))
+            ops.advance(row, TABLE, t)
+        return given["x"]
+
+    expected = [chain(seed) for seed in range(8)]
+    with ThreadPoolExecutor(2) as pool:
+        for actual, wanted in zip(pool.map(chain, range(8)), expected, strict=True):
+            assert_same_bits(actual, wanted)
+
+
+def test_model_with_every_operator_exports_and_runs_under_autocast() -> None:
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 3, 1)
+
+        def forward(self, x0: torch.Tensor, t: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            levels = torch.stack([torch.linspace(1, 0, 10), torch.linspace(0, 1, 10)], 1)
+            x_t, goal = ops.q_sample(x0, levels, t, key, None, 3, target="v")
+            out = self.layer(x_t)
+            loss = ops.denoising_loss(out, x0, levels, t, key, None, 3, target="v")
+            x, row = x_t + ops.normal(SHAPE, key, 2, 0), torch.zeros(2, dtype=torch.int32)
+            ops.reverse_step(x, out, table, row, key)
+            times = torch.zeros(2)
+            ops.advance(row, table, times)
+            return loss, goal, x, times
+
+    table = random_table(0, 0)
+    model = Step().eval()
+    given = (torch.randn(2, *SHAPE), torch.tensor([2, 9]), torch.tensor([5, -6]))
+    with torch.no_grad():
+        exported = torch.export.export(model, given)
+        for actual, expected in zip(exported.module()(*given), model(*given), strict=True):
+            assert_same_bits(actual, expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, goal, x, _ = model(*given)
+    assert {loss.dtype, goal.dtype, x.dtype} == {torch.float32}
+    assert all(a.isfinite().all() for a in (loss, goal, x))
 
 
 def test_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,93 +302,3 @@ def test_import_of_the_operators_brings_no_triton_and_no_compiler() -> None:
 
 def test_rng_version_is_public() -> None:
     assert fastdiff.RNG_VERSION == 1
-
-
-# what is refused
-
-
-def change(**changes: Any) -> Callable[[], Any]:
-    return lambda: ops.reverse_step(**(operands() | changes))
-
-
-def sampled(**changes: Any) -> Callable[[], Any]:
-    given = dict(x0=torch.zeros(2, 3), alpha_sigma=torch.ones(4, 2), t=torch.zeros(2, dtype=torch.int64))
-    return lambda: ops.q_sample(**(given | dict(seed=0, sample_ids=None, draw=0) | changes))
-
-
-def advanced(**changes: Any) -> Callable[[], Any]:
-    given = dict(row=TABLE.start(2), table=TABLE, t=torch.zeros(2))
-    return lambda: ops.advance(**(given | changes))
-
-
-META = torch.device("meta")
-REFUSED: list[tuple[str, Callable[[], Any]]] = [
-    (r"`x` must be torch.float32 dense on cpu, got torch.float64", change(x=torch.zeros(2, *SHAPE).double())),
-    (r"`x` must be .*dense.* got .* not dense", change(x=torch.zeros(2, 4, 5, 3).movedim(-1, 1))),
-    (r"`table.coef` must be on cpu, got .* on meta; use `table.to", change(table=TABLE.to(META))),
-    (
-        r"`row` must be torch.int32 \[2\] on cpu, got torch.int64.*`table.start",
-        change(row=torch.zeros(2).long()),
-    ),
-    (r"`row` must be torch.int32 \[2\]", change(row=TABLE.start(3))),
-    (
-        r"`out` must be \[lanes, 3, 4, 5\], or .*2C.* got \[2, 3, 4, 4\]",
-        change(out=torch.zeros(2, 3, 4, 4)),
-    ),
-    (r"`out` must be .* got \[2, 5, 4, 3\]", change(out=torch.zeros(2, 5, 4, 3))),
-    (r"`out` must be .* torch.int64", change(out=torch.zeros(2, *SHAPE).long())),
-    (r"`out` must be on cpu, got .* on meta", change(out=torch.zeros(2, *SHAPE, device=META))),
-    (r"`registers` must be \[1, 2, \.\.\.\]", change(registers=None)),
-    (r"`registers` must be torch.float32 \[1, 2, 3, 4, 5\]", change(registers=torch.zeros(2, 2, *SHAPE))),
-    (r"`u` must be \[2, 3, 4, 5\] dense", change(u=torch.zeros(2, 3, 4, 4))),
-    (r"`out` has 4 lanes for 2 slots; say with `cond_lane`", change(out=torch.zeros(4, *SHAPE), u=None)),
-    (r"`uncond_lane` needs `cond_lane` and `guidance_scale`", change(uncond_lane=int32(0, 1))),
-    (r"`cond_lane` must be torch.int32 \[2\]", change(cond_lane=int32(0))),
-    (r"`guidance_scale` must be torch.float32 \[2\]", change(guidance_scale=torch.ones(2).double())),
-    (r"`noise` must be torch.float32 \[2, 3, 4, 5\]", change(noise=torch.zeros(2, 60))),
-    (r"`seed` must fit 64 bits, got 18446744073709551616", change(seed=2**64)),
-    (r"`seed` must be an int or \[2\] int64", change(seed=torch.zeros(3).long())),
-    (r"`sample_ids` must be \[2\], got shape \(3,\)", change(sample_ids=[0, 1, 2])),
-    (r"`sample_ids` must be in \[0, 2\^32\), got 4294967296", change(sample_ids=[0, 2**32])),
-    (r"`target` must be one of .* got 'noise'", sampled(target="noise")),
-    (r"`x0` must be torch.float32", sampled(x0=torch.zeros(2, 3).half())),
-    (r"`alpha_sigma` must be torch.float32 \[any, 2\]", sampled(alpha_sigma=torch.ones(4, 3))),
-    (r"`t` must be torch.int64 \[2\]", sampled(t=torch.zeros(3).long())),
-    (r"`noise` must be torch.float32 \[2, 3\]", sampled(noise=torch.zeros(2))),
-    (r"`draw` must be in \[0, 2\^32\), got -1", sampled(draw=-1)),
-    (r"`row` must be torch.int32 \[any\] dense.*`table.start", advanced(row=torch.zeros(2))),
-    (r"`table.coef` must be on cpu.*on meta", advanced(table=TABLE.to(META))),
-    (r"`t` must be \[2\] or longer.*`cond_lane`", advanced(t=torch.zeros(1))),
-    (r"`last` must be torch.int32 \[2\]", advanced(last=int32(1))),
-    (r"`lane_row` must be torch.int32 \[2\]", advanced(lane_row=int32(1))),
-    (r"`domain` must be in \[0, 2\^32\), got -1", lambda: ops.normal((2,), 0, 1, 0, domain=-1)),
-]
-
-
-@pytest.mark.parametrize(("message", "call"), REFUSED, ids=[message[:40] for message, _ in REFUSED])
-def test_argument_that_breaks_the_contract_is_named(message: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("seed", lambda: ops.normal((2,), 1.5, 1, 0)),
-        ("sample_ids", lambda: ops.normal((2,), 1, [0.5], 0)),
-        ("sample_ids", lambda: ops.normal((2,), 1, torch.tensor([0.5]), 0)),
-        ("x", change(x=[1.0, 2.0])),
-    ],
-)
-def test_argument_of_another_type_is_named(name: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(TypeError, match=f"`{name}` must be"):
-        call()
-
-
-def test_refused_call_changes_nothing() -> None:
-    given = operands()
-    x, u, registers = (given[k].clone() for k in ("x", "u", "registers"))
-    with pytest.raises(ValueError, match="`noise`"):
-        ops.reverse_step(**given, noise=torch.zeros(1))
-    for before, name in ((x, "x"), (u, "u"), (registers, "registers")):
-        assert_same_bits(given[name], before)

@@ -86,7 +86,7 @@ def test_backends_agree_to_the_last_bit(backend: str, n: int, domain: int) -> No
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-def test_empty_batch_and_empty_sample(backend: str) -> None:
+def test_empty_batch_and_empty_sample_keep_their_shape(backend: str) -> None:
     assert fill(backend, torch.empty(0, 5), *keys(0), domain=1).shape == (0, 5)
     assert fill(backend, torch.empty(2, 0), *keys(2), domain=1).shape == (2, 0)
 

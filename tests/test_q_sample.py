@@ -94,7 +94,7 @@ def test_half_precision_is_one_cast_of_the_float32_result(
 
 
 @pytest.mark.parametrize("backend", ["torch", *OTHERS])
-def test_empty_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_batch_is_no_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run(backend, forward(5, batch=0, kind=1), monkeypatch)
 
 

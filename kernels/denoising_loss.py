@@ -1,0 +1,169 @@
+"""The denoising loss and its gradient in one pass over the network's output; its noise is drawn again.
+
+    loss_b = w_b / N sum_i (out_i - target_i)^2,    d loss_b / d out_i = 2 w_b / N (out_i - target_i)
+    target: eps = z,  v = alpha_t z - sigma_t x_0,  x0 = x_0;   z = normal(seed, sample_id, draw, i), domain 2
+
+The target has the bits of q_sample's, so a loss over stored noise differs in the order of its sum alone. Each
+program leaves the sum over its block; their sum over a sample is taken in a fixed order.
+
+Source: Ho et al. 2020, eq. 14; Salimans and Ho 2022 (v and its weights).
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int64
+from typing import NamedTuple
+
+import torch
+
+from . import cpu
+from ._blocks import cut, first_element
+from ._triton import jit, tl
+from .philox import DOMAIN_TRAIN, normal_block
+from .q_sample import Forward, q_sample_reference, q_sample_torch, target_of
+
+_DOMAIN_TRAIN, _X0 = tl.constexpr(DOMAIN_TRAIN), tl.constexpr(3)
+
+
+class Loss(NamedTuple):
+    """The operands of denoising_loss, B samples of N elements.
+
+    Attributes:
+        loss: [B] float32. Overwritten.
+        grad: [B, N] of out's dtype, dense, or None where nobody wants it. Overwritten.
+        out: [B, N] float32, bfloat16 or float16, dense: the network's prediction.
+        x0: [B, N] float32, dense. Not read where the target is eps.
+        alpha_sigma: [levels, 2] float32, alpha and sigma of each level.
+        t: [B] int64, a row of `alpha_sigma`; clamped into it.
+        seed, sample_id, draw: [B] int64, the noise's key.
+        kind: the target, an index into q_sample's `TARGETS`, not 0.
+        weight: [B] float32, or None for 1.
+        noise: [B, N] float32, dense, in place of the drawn z.
+    """
+
+    loss: torch.Tensor
+    grad: torch.Tensor | None
+    out: torch.Tensor
+    x0: torch.Tensor
+    alpha_sigma: torch.Tensor
+    t: torch.Tensor
+    seed: torch.Tensor
+    sample_id: torch.Tensor
+    draw: torch.Tensor
+    kind: int
+    weight: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+
+
+@jit
+def _denoising_loss_kernel(
+    sum_ptr, grad_ptr, out_ptr, x0_ptr, alpha_sigma_ptr, t_ptr, weight_ptr, seed_ptr, sample_id_ptr, draw_ptr,
+    noise_ptr, levels, n,
+    KIND: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr, GIVEN_NOISE: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    level = tl.load(t_ptr + b)
+    level = tl.minimum(tl.maximum(level, 0), levels - 1)
+    alpha = tl.load(alpha_sigma_ptr + 2 * level)
+    sigma = tl.load(alpha_sigma_ptr + 2 * level + 1)
+    scale = 2.0 / n
+    if WEIGHTED:
+        scale = scale * tl.load(weight_ptr + b)
+    offset = tl.arange(0, BLOCK)
+    start = first_element(BLOCK)
+    inside = offset < n - start
+    own = b * n + start
+    out = tl.load(out_ptr + own + offset, mask=inside, other=0.0).to(tl.float32)
+    z = out
+    if KIND != _X0:
+        if GIVEN_NOISE:
+            z = tl.load(noise_ptr + own + offset, mask=inside, other=0.0)
+        else:
+            z = normal_block(
+                start,
+                tl.load(draw_ptr + b).to(tl.uint32),
+                tl.load(sample_id_ptr + b).to(tl.uint32),
+                _DOMAIN_TRAIN,
+                tl.load(seed_ptr + b).to(tl.uint64),
+                BLOCK,
+                WIDTH,
+            )
+    x0 = out
+    if KIND > 1:
+        x0 = tl.load(x0_ptr + own + offset, mask=inside, other=0.0)
+    error = tl.where(inside, out - target_of(alpha, sigma, x0, z, KIND), 0.0)
+    program = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    programs = tl.num_programs(1) * tl.num_programs(2)
+    tl.store(sum_ptr + b * programs + program, tl.sum(error * error, 0))
+    if GRAD:
+        tl.store(grad_ptr + own + offset, (scale * error).to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def denoising_loss_triton(f: Loss) -> None:
+    """`denoising_loss_torch` on a GPU or in Triton's interpreter."""
+    batch, n = f.out.shape
+    if not f.out.numel():
+        f.loss.zero_()
+        return
+    grid, options = cut(batch, n, f.out)
+    sums = torch.empty(batch, grid[1] * grid[2], dtype=torch.float32, device=f.out.device)
+    _denoising_loss_kernel[grid](
+        sums, f.grad, f.out, f.x0, f.alpha_sigma, f.t, f.weight, f.seed, f.sample_id, f.draw, f.noise,
+        f.alpha_sigma.shape[0], n, KIND=f.kind, GRAD=f.grad is not None, WEIGHTED=f.weight is not None,
+        GIVEN_NOISE=f.noise is not None, **options,
+    )  # fmt: skip
+    _finish(f, sums)
+
+
+def denoising_loss_torch(f: Loss) -> None:
+    """Fill loss, and grad if wanted: the CPU's implementation, and that of devices without Triton.
+
+    Traffic: reads out once, writes its gradient once; x0 is read for the targets v and x0.
+    """
+    batch, n = f.out.shape
+    if not f.out.numel():
+        f.loss.zero_()
+        return
+    native = cpu.library() if f.out.device.type == "cpu" else None
+    if native is None:
+        error = f.out.float() - _target(f, torch.empty(batch, n, device=f.out.device), q_sample_torch)
+        _finish(f, error.square().sum(1, keepdim=True, dtype=torch.float64))
+        if f.grad is not None:
+            scale = 2.0 / n if f.weight is None else (2.0 / n * f.weight)[:, None]
+            f.grad.copy_(error.mul_(scale))
+        return
+    grad = f.grad if f.grad is None or f.grad.dtype == torch.float32 else torch.empty_like(f.x0)
+    sums = torch.empty(batch, native.fd_blocks(c_int64(n)), dtype=torch.float64)
+    tensors = (sums, grad, f.out.float(), f.x0, f.noise, f.alpha_sigma, f.t, f.weight)
+    native.fd_denoising_loss(
+        *map(cpu.pointer, (*tensors, f.seed, f.sample_id, f.draw)), c_int64(batch), c_int64(n),
+        c_int64(f.alpha_sigma.shape[0]), f.kind, torch.get_num_threads(),
+    )  # fmt: skip
+    _finish(f, sums)
+    if f.grad is not None and grad is not f.grad:
+        f.grad.copy_(grad)  # type: ignore[arg-type]
+
+
+def denoising_loss_reference(f: Loss) -> None:
+    """The formula in float64; loss and grad may be float64."""
+    batch, n = f.out.shape
+    error = f.out.double() - _target(f, torch.empty(batch, n, dtype=torch.float64), q_sample_reference)
+    weight = torch.ones(batch, 1) if f.weight is None else f.weight[:, None]
+    f.loss.copy_((weight.double() * error.square()).sum(1) / max(n, 1))
+    if f.grad is not None:
+        f.grad.copy_(2 * weight.double() * error / n)
+
+
+def _finish(f: Loss, sums: torch.Tensor) -> None:
+    """loss from the sums of a sample's blocks."""
+    mean = sums.sum(1) / f.out.shape[1]
+    f.loss.copy_(mean if f.weight is None else mean * f.weight)
+
+
+def _target(f: Loss, target: torch.Tensor, q_sample: object) -> torch.Tensor:
+    """The target by q_sample, whose x_t nobody wants here."""
+    x_t = torch.empty_like(target)
+    key = (f.seed, f.sample_id, f.draw)
+    q_sample(Forward(x_t, target, f.x0, f.alpha_sigma, f.t, *key, kind=f.kind, noise=f.noise))  # type: ignore[operator, misc]
+    return target

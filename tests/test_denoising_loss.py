@@ -1,0 +1,210 @@
+"""denoising_loss: the mean squared error against q_sample's target and its gradient; noise drawn again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import OTHERS, SIZES, apply, assert_same_bits, library
+from torch.library import opcheck
+
+from fastdiff import ops
+from fastdiff.kernels import denoising_loss as module
+from fastdiff.kernels.denoising_loss import (
+    Loss,
+    denoising_loss_reference,
+    denoising_loss_torch,
+    denoising_loss_triton,
+)
+
+LEVELS = 10
+
+
+def operands(
+    n: int, kind: int = 1, *, weighted: bool = False, given_noise: bool = False, batch: int = 4
+) -> Loss:
+    g = torch.Generator().manual_seed(n + kind)
+    angle = torch.rand(LEVELS, generator=g)
+    seed, sample_id, draw = torch.randint(0, 2**32, (3, batch), generator=g)
+    return Loss(
+        loss=torch.full((batch,), float("nan")),
+        grad=torch.full((batch, n), float("nan")),
+        out=torch.randn(batch, n, generator=g),
+        x0=torch.randn(batch, n, generator=g),
+        alpha_sigma=torch.stack([angle.cos(), angle.sin()], 1),
+        t=torch.randint(-2, LEVELS + 2, (batch,), generator=g),
+        seed=seed * 2**31 - 2**62,
+        sample_id=sample_id,
+        draw=draw,
+        kind=kind,
+        weight=torch.rand(batch, generator=g) if weighted else None,
+        noise=torch.randn(batch, n, generator=g) if given_noise else None,
+    )
+
+
+def run(backend: str, f: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch` means without the compiled loop."""
+    if backend == "native":
+        library()
+        denoising_loss_torch(f)
+    elif backend == "torch":
+        with monkeypatch.context() as m:
+            m.setattr(module.cpu, "library", lambda: None)
+            denoising_loss_torch(f)
+    else:
+        apply(backend, denoising_loss_triton, f)
+
+
+@pytest.mark.parametrize("backend", ["torch", *OTHERS])
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("kind", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"weighted": True}, {"given_noise": True}], ids=str)
+def test_loss_and_gradient_are_the_formula_up_to_rounding(
+    backend: str, n: int, kind: int, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = operands(n, kind, **options)
+    exact = f._replace(loss=f.loss.double(), grad=f.grad.double())
+    denoising_loss_reference(exact)
+    run(backend, f, monkeypatch)
+    # a target rounds 3 times at a size of at most |x0| + |z|, and a drawn z is within 1e-6 max(1, |z|)
+    weight = torch.ones(4) if f.weight is None else f.weight
+    z = f.noise if f.noise is not None else ops.normal((n,), f.seed, f.sample_id, f.draw, domain=2)
+    target = 4 * 2**-24 * (f.out.abs() + f.x0.abs() + z.abs()) + 1e-6 * z.abs().clamp(min=1)
+    scale = 2 * weight[:, None].double() / n
+    assert ((f.grad - exact.grad).abs() <= scale * target + 4 * 2**-24 * exact.grad.abs()).all()
+    # sums of 1024 positive terms in float32, in 16 lanes or as a tree, round at most 64 times
+    error = exact.grad / scale
+    bound = (weight[:, None] * (2 * error.abs() * target + target**2)).mean(1) + 64 * 2**-24 * exact.loss
+    assert ((f.loss - exact.loss).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("backend", ["native", *OTHERS[2:]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_changes_only_the_casts(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = operands(63, 2)
+    half = half._replace(out=half.out.to(dtype), grad=half.grad.to(dtype))
+    wide = half._replace(out=half.out.float(), grad=half.grad.float(), loss=half.loss.clone())
+    run(backend, half, monkeypatch)
+    run(backend, wide, monkeypatch)
+    assert_same_bits(half.grad, wide.grad.to(dtype))
+    assert_same_bits(half.loss, wide.loss)
+
+
+@pytest.mark.parametrize("backend", ["torch", *OTHERS])
+def test_loss_without_a_gradient_is_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = operands(1823, weighted=True)
+    bare = f._replace(grad=None, loss=f.loss.clone())
+    run(backend, f, monkeypatch)
+    run(backend, bare, monkeypatch)
+    assert_same_bits(bare.loss, f.loss)
+
+
+@pytest.mark.parametrize("backend", ["torch", *OTHERS])
+def test_repeated_runs_give_the_same_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    f = operands(20_000, batch=2)
+    again = f._replace(loss=f.loss.clone(), grad=f.grad.clone())
+    run(backend, f, monkeypatch)
+    run(backend, again, monkeypatch)
+    assert_same_bits(again.loss, f.loss)
+    assert_same_bits(again.grad, f.grad)
+
+
+@pytest.mark.parametrize("backend", ["torch", *OTHERS])
+@pytest.mark.parametrize(("batch", "n"), [(0, 5), (2, 0)])
+def test_empty_operands_have_no_loss(
+    backend: str, batch: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = operands(n, batch=batch)
+    run(backend, f, monkeypatch)
+    assert f.loss.tolist() == [0.0] * batch
+
+
+def test_epsilon_does_not_read_x0() -> None:
+    f = operands(63)
+    f.x0.fill_(float("nan"))
+    denoising_loss_torch(f)
+    assert f.loss.isfinite().all()
+
+
+@pytest.mark.parametrize("target", ["eps", "v", "x0"])
+def test_operator_is_mse_against_the_target_of_q_sample(target: str) -> None:
+    f = operands(12, batch=3, weighted=True)
+    x0, level = f.x0.view(3, 3, 2, 2), (f.alpha_sigma, f.t, 7, [5, 6, 9], 11)
+    model = torch.nn.Conv2d(3, 3, 1)
+    grads, losses = [], []
+    for fused in (True, False):
+        model.zero_grad()
+        x_t, goal = ops.q_sample(x0, *level, target=target)
+        out = model(x_t)
+        if fused:
+            loss = ops.denoising_loss(out, x0, *level, target=target, weight=f.weight)
+        else:
+            loss = f.weight * (out - goal).square().flatten(1).mean(1)
+        (loss * torch.tensor([1.0, 2.0, 0.5])).sum().backward()
+        losses.append(loss.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*losses, rtol=1e-6)
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_operator_passes_opcheck_and_compiles_as_one_graph() -> None:
+    f = operands(12, batch=3)
+    key = (f.seed, f.sample_id, f.draw)
+    for grad in (False, True):
+        out = f.out.clone().requires_grad_(grad)
+        opcheck(torch.ops.fastdiff.denoising_loss, (out, f.x0, f.alpha_sigma, f.t, *key, 2, None, None, grad))
+
+    def step(out: torch.Tensor) -> torch.Tensor:
+        return ops.denoising_loss(out * 2, f.x0, f.alpha_sigma, f.t, *key, target="v").mean()
+
+    torch._dynamo.reset()
+    results = []
+    for run_step in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        out = f.out.clone().requires_grad_()
+        loss = run_step(out)
+        loss.backward()
+        results.append((loss.detach(), out.grad))
+    for plain, compiled in zip(*results, strict=True):
+        assert_same_bits(plain, compiled)
+
+
+def test_gradient_is_not_made_where_nobody_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    f, wanted = operands(12, batch=3), []
+    original = module.denoising_loss_torch
+    monkeypatch.setattr(
+        module, "denoising_loss_torch", lambda s: (wanted.append(s.grad is not None), original(s))
+    )
+    call = lambda out: ops.denoising_loss(out, f.x0, f.alpha_sigma, f.t, 0, None, 0)  # noqa: E731
+    call(f.out)
+    with torch.no_grad():
+        call(f.out.clone().requires_grad_())
+    call(f.out.clone().requires_grad_())
+    assert wanted == [False, False, True]
+
+
+def loss(**changes: Any) -> Callable[[], Any]:
+    f = operands(6, batch=2)
+    given = dict(out=f.out, x0=f.x0, alpha_sigma=f.alpha_sigma, t=f.t, seed=0, sample_ids=None, draw=0)
+    return lambda: ops.denoising_loss(**(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (r"`target` must be one of .* got None", loss(target=None)),
+        (r"`out` must be of .*bfloat16.* got torch.float64", loss(out=torch.zeros(2, 6).double())),
+        (r"`x0` must be torch.float32 \[2, 6\]", loss(x0=torch.zeros(2, 5))),
+        (r"`alpha_sigma` must be torch.float32 \[any, 2\]", loss(alpha_sigma=torch.zeros(3, 1))),
+        (r"`t` must be torch.int64 \[2\]", loss(t=torch.zeros(2).int())),
+        (r"`weight` must be torch.float32 \[2\]", loss(weight=torch.zeros(3))),
+        (r"`noise` must be torch.float32 \[2, 6\]", loss(noise=torch.zeros(6))),
+        (r"`seed` must fit 64 bits", loss(seed=2**64)),
+    ],
+)
+def test_argument_that_breaks_the_contract_is_named(message: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

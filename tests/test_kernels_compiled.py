@@ -1,0 +1,212 @@
+"""The machine code of the kernels, compiled without a GPU: budgets, widths, addresses, and how it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from functools import cache
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+import triton
+
+from fastdiff.kernels import _machine_code, _specialisations, inspect
+from fastdiff.kernels._specialisations import IN_USE
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+PINNED = triton.__version__.startswith("3.7.")
+budget = pytest.mark.skipif(not PINNED, reason="budgets are asserted for Triton 3.7")
+VARIANTS = {f"{s.kernel} {s.variant}": s for s in IN_USE}
+BUDGETS = {  # executed instructions per element, registers
+    "reverse_step K=0 bf16": (90, 64),
+    "reverse_step K=0 fp32": (90, 64),
+    "q_sample bf16": (65, 64),
+    "denoising_loss bf16 eps": (70, 64),
+    "normal fp32": (60, 64),
+}
+
+
+@cache
+def examined(name: str, target: str) -> inspect.Report:
+    return inspect.examine(VARIANTS[name], target)
+
+
+@budget
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("name", BUDGETS)
+def test_kernel_stays_within_its_budget(name: str, target: str) -> None:
+    got, (instructions, registers) = examined(name, target), BUDGETS[name]
+    assert got.executed <= instructions
+    assert got.registers <= registers
+    assert (got.spills, got.stack) == (0, 0)
+
+
+@budget
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("name", BUDGETS)
+def test_tensors_move_in_128_bit_accesses_and_no_byte_twice(name: str, target: str) -> None:
+    got = examined(name, target)
+    assert got.wide == 1.0
+    assert got.traffic == got.least
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("name", BUDGETS)
+def test_exact_kernels_have_no_fused_multiply_add_outside_of_square_roots(name: str, target: str) -> None:
+    assert examined(name, target).fused == 0
+
+
+def test_fused_multiply_adds_are_noticed_where_they_are_allowed() -> None:
+    (launch,) = inspect.launches(_specialisations.normal)
+    allowed = dataclasses.replace(launch, options=launch.options | {"enable_fp_fusion": True})
+    compiled = inspect.compile_for(allowed, "sm_90")
+    assert inspect.read(compiled, allowed, "sm_90", VARIANTS["normal fp32"]).fused > 0
+
+
+def test_accesses_that_are_not_wide_are_noticed() -> None:
+    (launch,) = inspect.launches(lambda: _specialisations.normal(n=3 * 32 * 32 + 1))
+    compiled = inspect.compile_for(launch, "sm_90")
+    assert inspect.read(compiled, launch, "sm_90", VARIANTS["normal fp32"]).wide == 0.0
+
+
+def test_kernels_compile_for_amd_without_spills() -> None:
+    got = examined("reverse_step K=0 bf16", "gfx942")
+    assert (got.spills, got.stack) == (0, 0)
+    assert got.traffic == got.least
+    assert got.accesses["store 128"] > 0
+    assert got.bounds == {}
+
+
+@pytest.mark.parametrize("n", [3 * 32 * 32, 2**31 + 16])
+def test_addresses_of_elements_have_64_bits(n: int) -> None:
+    """Offsets of 32 bits lie within a block; what picks the block and the sample has 64."""
+    (launch,) = inspect.launches(lambda: _specialisations.reverse_step(3, guided=True, learned=True, n=n))
+    text = inspect.compile_for(launch, "sm_90").asm["ttir"]
+    within_block = set(re.findall(r"(%\S+) = tt\.make_range", text))
+    offsets = re.findall(r"tt\.addptr %\S+, (%\S+) : tensor<\d+x!tt\.ptr<\w+>>, tensor<\d+x(i\d+)>", text)
+    assert offsets
+    assert all(bits == "i64" or offset in within_block for offset, bits in offsets)
+    scalars = re.findall(r"tt\.addptr %(?:x|reg|out|u)_ptr\S*, %\S+ : !tt\.ptr<\w+>, (i\d+)", text)
+    assert scalars
+    assert set(scalars) == {"i64"}
+
+
+def test_launcher_fits_the_limits_of_the_grid() -> None:
+    from fastdiff.kernels._blocks import cut
+
+    for batch, n in ((1, 1), (3, 257), (70_000, 5), (1, 2**31 + 1), (2, 65536 * 1024 * 3)):
+        (samples, low, high), options = cut(batch, n)
+        assert samples == batch
+        assert max(low, high) <= 65535
+        assert low * high * options["BLOCK"] >= n
+        assert options["BLOCK"] == 256 * options["num_warps"]
+
+
+SASS = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @P1  LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;
+        /*0030*/                   MUFU.RSQ R9, R8 ;
+        /*0040*/             @!P0  BRA `(.L_x_1) ;
+        /*0050*/                   MOV R10, 0x70 ;
+        /*0060*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath) ;
+        /*0070*/                   MOV R11, R12 ;
+        /*0080*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0090*/                   FFMA R9, R9, R9, R8 ;
+        /*00a0*/                   FFMA R9, R9, R9, R8 ;
+.L_x_2:
+        /*00b0*/                   STG.E desc[UR4][R2.64], R9 ;
+        /*00c0*/                   EXIT ;
+$__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath:
+        /*00d0*/                   FFMA R9, R9, R9, R8 ;
+        /*00e0*/                   RET.REL.NODEC R10 `(kernel) ;
+.L_x_3:
+        /*00f0*/                   BRA `(.L_x_3);
+        /*0100*/                   NOP;
+"""
+
+
+def test_slow_paths_are_told_from_executed_ones() -> None:
+    executed, slow = _machine_code._split(SASS.splitlines())
+    ops = ["LDC", "LDG.E.128", "LDG.E.U16", "MUFU.RSQ", "BRA", "FFMA", "FFMA", "STG.E", "EXIT"]
+    assert list(executed) == ops
+    assert slow == 8
+    code = _machine_code.Code(executed, slow, 0, 0, 0, 0)
+    assert code.fused_outside_roots == 0
+    assert code.accesses == {("load", 128): 1, ("load", 16): 1, ("store", 32): 1}
+    assert code.pipes == {"memory": 4, "special": 1, "multiply-add": 2, "control": 2}
+
+
+@pytest.mark.parametrize(
+    ("op", "pipe", "bits"),
+    [
+        ("IMAD.WIDE.U32", "multiply-add", 32),
+        ("I2FP.F32.U32", "integer and logic", 32),
+        ("I2F.RP", "special", 32),
+        ("UIADD3", "uniform", 32),
+        ("LOP3.LUT", "integer and logic", 32),
+        ("LDG.E.64", "memory", 64),
+        ("global_load_dwordx4", "memory", 128),
+        ("global_store_short", "memory", 16),
+        ("v_mul_f32_e32", "multiply-add", 32),
+        ("s_add_u32", "uniform", 32),
+        ("s_waitcnt", "control", 32),
+    ],
+)
+def test_instructions_are_sorted_by_unit_and_width(op: str, pipe: str, bits: int) -> None:
+    assert (_machine_code._pipe(op), _machine_code._bits(op)) == (pipe, bits)
+
+
+def test_bound_is_the_slowest_of_memory_issue_and_units() -> None:
+    h100, h200 = (d for d in inspect.DEVICES if d.target == "sm_90")
+    # 12 bytes take 106 issue slots of an H100's 132 x 4 schedulers at 1.755 GHz, and 74 of an H200's
+    for device, slots in ((h100, 106.2), (h200, 74.1)):
+        assert inspect._bound(device, slots - 1, {}, 12.0)[0] == "memory"
+        what, ratio = inspect._bound(device, 2 * slots, {}, 12.0)
+        assert what == "issue"
+        assert ratio == pytest.approx(2, rel=1e-3)
+    assert inspect._bound(h100, 80.0, {"special": 40.0}, 12.0)[0] == "special"
+
+
+def test_report_prints_as_table_and_json_and_says_that_it_is_a_model() -> None:
+    rows = [examined("reverse_step K=0 bf16", target) for target in ("sm_90", "gfx942")]
+    table = inspect.to_table(rows).splitlines()
+    assert table[0].split()[:4] == ["kernel", "variant", "target", "regs"]
+    assert len(table) == 4
+    assert "H100" in table[1]
+    assert "H200" in table[1]
+    assert table[-1] == inspect.NOTE
+    assert "not a measurement" in inspect.NOTE
+    read = json.loads(inspect.to_json(rows))
+    assert read["note"] == inspect.NOTE
+    assert read["kernels"][0]["executed"] == rows[0].executed
+
+
+def test_report_covers_the_kernels_that_are_asked_for() -> None:
+    rows = inspect.report(("sm_90",), ["normal"])
+    assert [(r.kernel, r.target) for r in rows] == [("normal", "sm_90")]
+    with pytest.raises(ValueError, match=r"`kernels` must be of \['reverse_step', .*got 'typo'"):
+        inspect.report(("sm_90",), ["typo"])
+
+
+def test_recording_launches_nothing_and_restores_triton() -> None:
+    from triton.runtime.jit import JITFunction
+
+    before = JITFunction.run
+    (launch,) = inspect.launches(_specialisations.q_sample)
+    assert launch.arguments["x0_ptr"].device == torch.device("meta")
+    assert launch.options["enable_fp_fusion"] is False
+    assert JITFunction.run is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", inspect.TARGETS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_specialisation_compiles_everywhere_without_spills(name: str, target: str) -> None:
+    got = examined(name, target)
+    assert (got.spills, got.stack, got.fused) == (0, 0, 0)
