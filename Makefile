@@ -14,7 +14,7 @@ help: ## Say what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
 sample: $(VENV)/.sample ## Sample 100 handwritten digits into samples.png with the model in the package
-	$(BIN)/fastdiff sample --model digits --num 100 --guidance 2 --out samples.png
+	$(BIN)/fastdiff sample --model digits --num 100 --steps 20 --guidance 2 --out samples.png
 
 # Two processes: TRITON_INTERPRET binds when a kernel is defined, and excludes compiled kernels.
 test: $(VENV)/.test ## Run the tests, and those of the Triton kernels in Triton's interpreter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -99,7 +100,7 @@ def step_speed(
     with torch.inference_mode():
         return compare(
             "step",
-            solver,
+            f"{solver}, {math.prod(shape) / 1e6:g} million elements",
             step_variants(solver, shape, peers),
             "diffusers",
             rounds=rounds,

@@ -9,6 +9,7 @@ machine that it was measured on.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -148,6 +149,7 @@ def _repeats(run: Callable[[], Any], least_seconds: float) -> int:
     return max(1, round(least_seconds / max(_time(run, 1), 1e-9)))
 
 
+@functools.cache  # one record for all results of a run
 def machine() -> dict[str, Any]:
     """What the figures belong to: processor, threads, versions, compiler, commit, and how busy it was."""
     return {

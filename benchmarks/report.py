@@ -1,12 +1,14 @@
 """Tables from results: `python -m benchmarks.report` brings those in the documents up to date.
 
-<!-- results: chain -->
-(a table of the group "chain", made anew at each run)
-<!-- end of results -->
+A document marks where a group's table stands; the group `begin` is the overview, one line for each task:
 
-python -m benchmarks.report             rewrite README.md and benchmarks/README.md where they have markers
-python -m benchmarks.report --print     print every group's table
-python -m benchmarks.report --check     say whether a document is behind the results, by the exit status
+    <!-- results: chain -->
+    (made anew at each run)
+    <!-- results: end -->
+
+    python -m benchmarks.report             rewrite README.md and benchmarks/README.md
+    python -m benchmarks.report --print     print the overview and every group's table
+    python -m benchmarks.report --check     exit status 1 where a document is behind the results
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from benchmarks.record import RESULTS, ROOT, TIE, Comparison, Quantity, load
 from fastdiff.files import atomic_path
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-_SECTION = re.compile(r"(<!-- results: ([a-z]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+_SECTION = re.compile(r"(<!-- results: (?!end)([a-z]+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
 Result = tuple[Comparison | Quantity, dict[str, Any]]
 
 
@@ -52,6 +54,25 @@ def table(found: Sequence[Result]) -> str:
         parts.append(_markdown(("quantity", "measured", "limit"), rows))
     parts += dict.fromkeys(_where(machine) for _, machine in found)
     return "\n\n".join(parts) + "\n"
+
+
+def overview(groups: Mapping[str, Sequence[Result]]) -> str:
+    """Markdown: every comparison that has a variant `fastdiff` as one line, the largest speed-up first."""
+    found = [
+        pair for group in groups.values() for pair in group if "fastdiff" in getattr(pair[0], "times", ())
+    ]
+    found.sort(key=lambda pair: -pair[0].speed_ups["fastdiff"])
+    rows = [
+        (
+            f"{result.group}: {result.name}",
+            f"{_ms(result.times[result.baseline].median)} ({result.baseline})",
+            _ms(result.times["fastdiff"].median),
+            verdict(result.speed_ups["fastdiff"]),
+        )
+        for result, _ in found
+    ]
+    where = dict.fromkeys(_where(machine) for _, machine in found)
+    return "\n\n".join((_markdown(("task", "baseline, ms", "fastdiff, ms", "speed-up"), rows), *where)) + "\n"
 
 
 def _lines(result: Comparison) -> Iterable[tuple[str, ...]]:
@@ -99,11 +120,10 @@ def up_to_date(text: str, groups: Mapping[str, Sequence[Result]]) -> str:
 
     def section(match: re.Match[str]) -> str:
         start, group, end = match.groups()
-        if group not in groups:
-            raise ValueError(
-                f"`results: {group}` must name one of {', '.join(groups) or 'no groups'}; measure it first"
-            )
-        return f"{start}\n{table(groups[group])}\n{end}"
+        if group != "begin" and group not in groups:
+            known = ", ".join(["begin", *groups])
+            raise ValueError(f"`results: {group}` must name one of {known}; measure it first")
+        return f"{start}\n{overview(groups) if group == 'begin' else table(groups[group])}\n{end}"
 
     return _SECTION.sub(section, text)
 
@@ -112,14 +132,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 where `--check` finds a document behind the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables from results.")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--print", action="store_true", help="print every group's table, write nothing")
+    choice.add_argument("--print", action="store_true", help="print the tables, write nothing")
     choice.add_argument(
         "--check", action="store_true", help="write nothing; status 1 if a document is behind"
     )
     chosen = parser.parse_args(arguments)
     groups = results()
     if chosen.print:
-        print("\n".join(f"## {group}\n\n{table(found)}" for group, found in groups.items()))
+        print(
+            overview(groups), *(f"## {group}\n\n{table(found)}" for group, found in groups.items()), sep="\n"
+        )
         return 0
     behind = [path for path in DOCUMENTS if (text := path.read_text()) != up_to_date(text, groups)]
     for path in behind:

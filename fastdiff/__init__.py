@@ -18,7 +18,8 @@ if _find_spec("fastdiff.kernels") is None:
         "system or unpacking lost; clone with `git clone -c core.symlinks=true`, or install a wheel"
     )
 
-from fastdiff import ops
+from fastdiff import adapters, ops
+from fastdiff.editing import slerp
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import EMA, UNet
 from fastdiff.sampler import Moment, Sampler
@@ -39,8 +40,10 @@ __all__ = [
     "Sampler",
     "SamplingTable",
     "UNet",
+    "adapters",
     "compile_table",
     "ops",
+    "slerp",
     "space_timesteps",
 ]
 

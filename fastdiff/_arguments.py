@@ -10,12 +10,15 @@ import torch
 
 
 def noise_key(
-    seed: int | torch.Tensor, sample_ids: Sequence[int] | torch.Tensor | int, batch: int | None, device: Any
+    seed: int | Sequence[int] | torch.Tensor,
+    sample_ids: Sequence[int] | torch.Tensor | int,
+    batch: int | None,
+    device: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The noise's key of each sample, as the operators take it: seed [B] int64, sample_id [B] int64.
 
     Args:
-        seed: an int of 64 bits, or [B] int64.
+        seed: an int of 64 bits for all, or [B] of them.
         sample_ids: [B] ints in [0, 2^32), or B for 0..B-1.
         batch: how many there must be; None: as many as `sample_ids` names.
         device: where both go.
@@ -24,11 +27,19 @@ def noise_key(
         ValueError: a seed outside 64 bits, an id outside 32 bits, or another number of them than `batch`.
         TypeError: something that is not whole numbers.
     """
+    if not isinstance(sample_ids, torch.Tensor | Sequence | range) and hasattr(sample_ids, "__index__"):
+        sample_ids = operator.index(sample_ids)
     if isinstance(sample_ids, int):
+        if isinstance(sample_ids, bool) or sample_ids < 0:
+            raise ValueError(f"`sample_ids` must be a number of at least 0, or ids, got {sample_ids}")
         ids = torch.arange(sample_ids, dtype=torch.int64, device=device)
     elif isinstance(sample_ids, torch.Tensor):
         if sample_ids.is_floating_point():
             raise TypeError(f"`sample_ids` must be int64, got {sample_ids.dtype}")
+        if sample_ids.device.type == "cpu" and sample_ids.numel():
+            low, high = int(sample_ids.min()), int(sample_ids.max())
+            if low < 0 or high >= 2**32:
+                raise ValueError(f"`sample_ids` must be in [0, 2^32), got {low if low < 0 else high}")
         ids = sample_ids.to(device=device, dtype=torch.int64).contiguous()
     else:
         listed = [_whole("sample_ids", i) for i in sample_ids]
@@ -40,10 +51,22 @@ def noise_key(
         raise ValueError(f"`sample_ids` must be [{wanted}], got shape {tuple(ids.shape)}")
     if isinstance(seed, torch.Tensor):
         return integers("seed", seed, ids.shape[0], ids.device), ids
-    seed = _whole("seed", seed)
+    if not isinstance(seed, Sequence):
+        return torch.full_like(ids, _seed(seed)), ids
+    seeds = [_seed(s) for s in seed]
+    if len(seeds) != ids.shape[0]:
+        raise ValueError(
+            f"`seed` must be one number or one for each of {ids.shape[0]} samples, got {len(seeds)}"
+        )
+    return torch.tensor(seeds, dtype=torch.int64, device=device), ids
+
+
+def _seed(value: Any) -> int:
+    """64 bits as a signed number, as int64 holds them."""
+    seed = _whole("seed", value)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"`seed` must fit 64 bits, got {seed}")
-    return torch.full_like(ids, seed - 2**64 if seed >= 2**63 else seed), ids
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def integers(name: str, value: int | torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:

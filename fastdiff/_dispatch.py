@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +13,13 @@ import torch
 
 TARGETS = ("eps", "v", "x0")  # of q_sample: kind 1, 2, 3
 _BACKENDS = ("torch", "triton")
-_MODULES = {"normal": "philox"}  # where an operator is not in the module of its name
+# where an operator is not in the module of its name
+_MODULES = {
+    "normal": "philox",
+    "vlb_terms": "vlb",
+    "group_norm_silu": "group_norm",
+    "group_norm_silu_backward": "group_norm_backward",
+}
 
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define("normal(Tensor seed, Tensor sample_id, Tensor draw, int domain, int numel) -> Tensor")
@@ -22,6 +30,10 @@ _library.define(
 _library.define(
     "denoising_loss(Tensor out, Tensor x0, Tensor alpha_sigma, Tensor t, Tensor seed, Tensor sample_id, "
     "Tensor draw, int kind, Tensor? weight, Tensor? noise, bool with_grad) -> (Tensor, Tensor)"
+)
+_library.define(
+    "vlb_terms(Tensor x0, Tensor x_t, Tensor out, Tensor coef, Tensor t, bool grad_mean, bool grad_v) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "reverse_step_(Tensor(a!) x, Tensor(b!)? registers, Tensor out, Tensor(c!)? u, Tensor coef, Tensor plan, "
@@ -42,13 +54,24 @@ def _run(name: str, device: torch.device, *operands: Any) -> None:
         raise ValueError(f"FASTDIFF_BACKEND must be one of {_BACKENDS} or unset, got {chosen!r}")
     if not chosen:
         chosen = "triton" if device.type == "cuda" and _has_triton() else "torch"
-    kernel = getattr(import_module(f"fastdiff.kernels.{_MODULES.get(name, name)}"), f"{name}_{chosen}")
-    with torch.no_grad():
+    kernel = _kernel(name, chosen)
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if device.type != "cuda":
             kernel(*operands)
             return
         with torch.cuda.device(device):
             kernel(*operands)
+
+
+def _kernel(name: str, backend: str) -> Any:
+    """The function that implements an operator."""
+    return getattr(_module(_MODULES.get(name, name)), f"{name}_{backend}")
+
+
+@cache
+def _module(name: str) -> Any:
+    """A kernel's module, imported, and Triton with it, when first asked for."""
+    return import_module(f"fastdiff.kernels.{name}")
 
 
 def _has_triton() -> bool:
@@ -172,6 +195,51 @@ def _denoising_loss_backward(
     return (grad * each).to(grad.dtype), *[None] * 10
 
 
+def _vlb_terms(
+    x0: torch.Tensor, x_t: torch.Tensor, out: torch.Tensor, coef: torch.Tensor, t: torch.Tensor,
+    grad_mean: bool, grad_v: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    from fastdiff.kernels.vlb import Terms
+
+    vlb, *grads = _vlb_terms_fake(x0, x_t, out, coef, t, grad_mean, grad_v)
+    wanted = (_flat(g) if w else None for g, w in zip(grads, (grad_mean, grad_v), strict=True))
+    read = (_flat(_dense(a)) for a in (x0, x_t, out))
+    _run("vlb_terms", x0.device, Terms._make((vlb, *wanted, *read, _dense(coef), _dense(t))))
+    return vlb, grads[0], grads[1]
+
+
+def _vlb_terms_fake(
+    x0: torch.Tensor, x_t: torch.Tensor, out: torch.Tensor, coef: torch.Tensor, t: torch.Tensor,
+    grad_mean: bool, grad_v: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    vlb = torch.empty(x0.shape[0], dtype=torch.float32, device=x0.device)
+    shapes = (x0.shape if wanted else (0,) for wanted in (grad_mean, grad_v))
+    mean, v = (torch.empty(shape, dtype=out.dtype, device=x0.device) for shape in shapes)
+    return vlb, mean, v
+
+
+def _vlb_terms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x0, _, out, _, _, ctx.grad_mean, ctx.grad_v = inputs
+    if not (ctx.grad_mean or ctx.grad_v):
+        raise RuntimeError("vlb_terms was run without gradients, so it has none")
+    ctx.is_learned = x0.shape != out.shape
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _vlb_terms_backward(
+    ctx: Any, grad_vlb: torch.Tensor, _mean: torch.Tensor, _v: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients that the forward pass has left, times each sample's; 0 for a half that is detached."""
+    mean, v = ctx.saved_tensors
+    either = mean if ctx.grad_mean else v
+    each = grad_vlb.view(-1, *[1] * (either.dim() - 1))
+    kept = [(mean, ctx.grad_mean)] + [(v, ctx.grad_v)] * ctx.is_learned
+    halves = [(g * each).to(g.dtype) if wanted else torch.zeros_like(either) for g, wanted in kept]
+    grad = halves[0] if len(halves) == 1 else torch.cat(halves, 1)
+    return None, None, grad, *[None] * 4
+
+
 def _reverse_step(
     x: torch.Tensor, registers: torch.Tensor | None, out: torch.Tensor, u: torch.Tensor | None, *rest: Any
 ) -> None:
@@ -201,10 +269,12 @@ def _register(name: str, implementation: Any, fake: Any) -> None:
 _register("normal", _normal, _normal_fake)
 _register("q_sample", _q_sample, _q_sample_fake)
 _register("denoising_loss", _denoising_loss, _denoising_loss_fake)
+_register("vlb_terms", _vlb_terms, _vlb_terms_fake)
 _register("reverse_step_", _reverse_step, lambda *operands: None)
 _register("advance_", _advance, lambda *operands: None)
 for _name, _backward, _setup in (
     ("q_sample", _q_sample_backward, _q_sample_setup),
     ("denoising_loss", _denoising_loss_backward, _denoising_loss_setup),
+    ("vlb_terms", _vlb_terms_backward, _vlb_terms_setup),
 ):
     torch.library.register_autograd(f"fastdiff::{_name}", _backward, setup_context=_setup, lib=_library)

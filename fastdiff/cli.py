@@ -1,4 +1,4 @@
-"""The command line: `fastdiff sample`, `fastdiff train`.
+"""The command line: `fastdiff sample`, `fastdiff train`, `fastdiff show`, `fastdiff doctor`.
 
 Torch is imported when a command runs, so that --help is quick.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import shlex
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fastdiff.doctor import EXAMPLES, doctor
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,13 +43,31 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-            typer.secho(f"fastdiff: {error}", fg="red", err=True)
+            typer.secho(f"fastdiff: {_as_options(str(error))}", fg="red", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
-            typer.secho("fastdiff: stopped", fg="red", err=True)
+            typer.secho("fastdiff: stopped; a training goes on with --resume", fg="red", err=True)
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+_OPTIONS = {
+    "out_dir": "out", "path": "out", "source": "data", "name_or_path": "model", "name": "model",
+    "guidance_scale": "guidance", "resume=True": "resume", "skip_bad=True": "skip-bad",
+    "attention_levels": "attention", "channel_mult": "mult", "model_channels": "channels",
+    "num_res_blocks": "blocks", "batch_size": "batch", "ema_decay": "ema", "num_timesteps": "timesteps",
+}  # fmt: skip
+
+
+def _as_options(message: str) -> str:
+    """A library's message with its arguments in backticks named as the options that they come from."""
+
+    def option(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"`--{_OPTIONS.get(name, name).replace('_', '-')}`" if name in _OPTIONS else found[0]
+
+    return re.sub(r"`([a-z_=A-Z]+)`", option, message)
 
 
 @app.command(
@@ -69,7 +90,9 @@ def sample(
     solver: Annotated[str, typer.Option(help="ddim, ddpm, ...: a file of fastdiff/solvers.")] = "ddim",
     steps: Annotated[str, typer.Option(help="A number, `ddim50`, or sections such as `10,15,20`.")] = "50",
     eta: Annotated[float | None, typer.Option(help="ddim: share of DDPM's noise, 0 to 1.")] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 2.0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale, 1 is none; 2 for a network with classes.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same samples, whatever the batch size.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples in one pass of the network.")] = 100,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Write the denoising strip.")] = False,
@@ -90,14 +113,15 @@ def sample(
         chain["eta"] = eta
     sampler = Sampler.from_pretrained(
         model,
-        device=device or _default_device(),
+        device=_device(device),
         **chain,
     )
     labels = _labels(class_, num, getattr(sampler.model, "num_classes", 0))
+    scale = guidance if guidance is not None else 1.0 if labels is None else 2.0
+    if labels is None and scale != 1:
+        raise ValueError(f"`guidance` is for networks with classes, this one has none, got {guidance}")
     started = time.perf_counter()
-    images, states = _chain(
-        sampler, num, seed, labels, guidance if labels is not None else 1.0, batch, trajectory
-    )
+    images, states = _chain(sampler, num, seed, labels, scale, batch, trajectory)
     seconds = time.perf_counter() - started
     if trajectory:
         pictures.save_strip(states, out)
@@ -164,10 +188,22 @@ def _columns(num: int) -> int | None:
     return 10 if num % 10 == 0 and num <= 400 else None
 
 
-def _default_device() -> str:
+def _device(chosen: str | None) -> Any:
+    """The chosen device, or a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: it does not exist here.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=chosen).device
+    except (RuntimeError, AssertionError) as error:
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there = ", ".join(["cpu", *gpus, *["mps"] * torch.backends.mps.is_available()])
+        raise ValueError(f"`--device` must be one of {there} here, got {chosen!r}") from error
 
 
 @app.command(
@@ -245,7 +281,7 @@ def train(
         head_channels=math.gcd(32, *(channels * factor for factor in factors)),
         dropout=dropout,
         num_classes=images.num_classes or 0,
-    ).to(device or _default_device())
+    ).to(_device(device))
     objective = Objective(getattr(NoiseSchedule, schedule)(timesteps), prediction=prediction, loss=loss)
     typer.echo(
         f"{len(images)} images of {'x'.join(map(str, images.shape))}, {network.num_parameters:,} parameters"
@@ -291,6 +327,65 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")] if text else []
     except ValueError:
         raise ValueError(f"`{option}` must be numbers such as 1,2, got {text!r}") from None
+
+
+@app.command(
+    epilog="**Examples**\n\n"
+    "Schedules side by side: `fastdiff show schedule --schedule linear,cosine --out schedules.png`\n\n"
+    "Where a chain calls its network: `fastdiff show levels --levels karras --steps 20 --out levels.png`\n\n"
+    "A solver: `fastdiff show table --solver unipc --steps 12 --option order=2 --out unipc.png`\n\n"
+    "A table that `SamplingTable.save` wrote: `fastdiff show table --file mine.safetensors --out mine.png`"
+)
+@_plain_errors
+def show(
+    what: Annotated[str, typer.Argument(help="schedule, levels or table.")],
+    schedule: Annotated[
+        str, typer.Option(help="linear, cosine, scaled_linear, sigmoid; `show schedule`: several, by commas.")
+    ] = "linear",
+    timesteps: Annotated[int, typer.Option(min=1, help="T, the length of the schedule.")] = 1000,
+    zero_snr: Annotated[
+        bool, typer.Option("--zero-snr", help="Rescale the schedule to end without signal.")
+    ] = False,
+    steps: Annotated[str, typer.Option(help="A number, `ddim50`, or sections such as `10,15,20`.")] = "12",
+    spacing: Annotated[str, typer.Option(help="ddpm, leading, trailing, linspace.")] = "ddpm",
+    levels: Annotated[
+        str, typer.Option(help="schedule, or by formula: karras, exponential, polyexponential, vp, flow.")
+    ] = "schedule",
+    solver: Annotated[str, typer.Option(help="ddim, ddpm, ...: a file of fastdiff/solvers.")] = "ddim",
+    prediction: Annotated[str, typer.Option(help="What the network predicts: eps, v, x0, flow, edm.")] = "v",
+    variance: Annotated[
+        str, typer.Option(help="ddpm: fixed_small, fixed_large, learned_range.")
+    ] = "fixed_small",
+    option: Annotated[
+        list[str] | None, typer.Option(help="One of the solver's own, `name=value`; may be repeated.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Show this saved table in place of a solver.")] = None,
+    out: Annotated[Path, typer.Option(help="The picture, `.png` and the like.")] = Path("show.png"),
+) -> None:
+    """Draw a noise schedule, the levels of a chain, or a solver's table: what it does, at a look."""
+    from fastdiff import plots, words
+    from fastdiff.solvers import compile_table
+    from fastdiff.table import SamplingTable
+
+    if what not in ("schedule", "levels", "table"):
+        raise ValueError(f"`what` must be schedule, levels or table, got {what!r}")
+    if what == "schedule":
+        named = {name: words.schedule(name, timesteps, zero_snr) for name in schedule.split(",")}
+        plots.show_schedule(named, out)
+    elif file is not None and what == "table":
+        plots.show_table(SamplingTable.load(file), out)
+    else:
+        path = words.levels(levels, words.schedule(schedule, timesteps, zero_snr), steps, spacing)
+        if what == "levels":
+            plots.show_levels(path, out)
+        else:
+            options = words.options(option or [])
+            table = compile_table(solver, path, prediction=prediction, variance=variance, **options)
+            plots.show_table(table, out)
+    typer.echo(f"wrote {out}")
+
+
+app.command(epilog=EXAMPLES)(_plain_errors(doctor))
 
 
 if __name__ == "__main__":

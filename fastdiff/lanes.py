@@ -46,18 +46,43 @@ class Lanes:
             self.scale = scale.contiguous().to(device)
 
 
+def _unet(model: Any) -> UNet | None:
+    """The U-Net of this package that `model` is, compiled by torch or not."""
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, UNet) else None
+
+
+def has_null_class(model: Any) -> bool:
+    """Whether a network knows by itself what an evaluation without a class is."""
+    unet = _unet(model)
+    return unet is not None and unet.num_classes > 0
+
+
 def conditions(
     model: Any, cond: Condition, uncond: Condition | None, num: int, order: torch.Tensor, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The network's arguments by lane: the samples' own, then the unconditional ones of guided samples."""
 
+    for argument, given in (("cond", cond), ("uncond", uncond)):
+        if not isinstance(given, Mapping | None):
+            raise TypeError(f"`{argument}` must map argument names to values, got {type(given).__name__}")
+    unet = _unet(model)
+
     def per_sample(argument: str, key: str, value: Any) -> torch.Tensor:
-        tensor = torch.as_tensor(value)
-        if isinstance(model, UNet) and key == "labels" and tensor.device.type == "cpu" and tensor.numel():
+        try:
+            tensor = torch.as_tensor(value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`{argument}[{key!r}]` must be a tensor or numbers, got {type(value).__name__}; "
+                "bind what is no tensor to the network first, with functools.partial"
+            ) from error
+        if unet is not None and key == "labels" and tensor.device.type == "cpu" and tensor.numel():
+            if not unet.num_classes:
+                raise ValueError(f"`{argument}['labels']` is for networks with classes, this one has none")
             low, high = int(tensor.min()), int(tensor.max())
-            if low < -1 or high >= model.num_classes:
+            if low < -1 or high >= unet.num_classes:
                 raise ValueError(
-                    f"`{argument}['labels']` must be in [0, {model.num_classes}), or -1 for no class, "
+                    f"`{argument}['labels']` must be in [0, {unet.num_classes}), or -1 for no class, "
                     f"got {low if low < -1 else high}"
                 )
         tensor = tensor.to(device)

@@ -18,11 +18,21 @@ import torch
 
 from fastdiff import _dispatch
 from fastdiff._arguments import integers, noise_key, require
+from fastdiff._norm import group_norm_silu
 
 if TYPE_CHECKING:
     from fastdiff.kernels.layout import PackedTable
 
-__all__ = ["advance", "denoising_loss", "noise_key", "normal", "q_sample", "reverse_step"]
+__all__ = [
+    "advance",
+    "denoising_loss",
+    "group_norm_silu",
+    "noise_key",
+    "normal",
+    "q_sample",
+    "reverse_step",
+    "vlb_terms",
+]
 
 _TARGETS = (None, *_dispatch.TARGETS)
 _NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -175,6 +185,56 @@ def denoising_loss(
     return loss
 
 
+def vlb_terms(
+    x0: torch.Tensor,
+    x_t: torch.Tensor,
+    out: torch.Tensor,
+    coef: torch.Tensor,
+    t: torch.Tensor,
+    *,
+    detach_mean: bool = False,
+) -> torch.Tensor:
+    """Each sample's term of the variational bound at its time, in bits per dimension.
+
+        t > 0: KL(q(x_{t-1} | x_t, x_0), p(x_{t-1} | x_t));   t = 0: -log2 p(x_0 | x_1), in bins of 2/255
+
+    Args:
+        x0: [B, C, ...] float32, images in [-1, 1]. Has no gradient.
+        x_t: [B, C, ...] float32, the noisy sample that the network saw. Has no gradient.
+        out: [B, C, ...] the network's output, float32, bfloat16 or float16, or [B, 2C, ...] with a learned
+            variance behind the prediction. Its gradient is defined and comes from the same pass.
+        coef: [T, 8] float32 on x0's device (`fastdiff.train.bound.vlb_coefficients`).
+        t: [B] int64 rows of `coef`; clamped into it on the device.
+        detach_mean: give the prediction no gradient, the variance alone, as the hybrid loss does.
+
+    Returns:
+        [B] float32.
+
+    Raises:
+        ValueError: shape, dtype or device mismatch, before any launch.
+
+    Traffic: reads x0, x_t and `out`, writes the gradients that are wanted.
+    Source: Ho et al. 2020, eq. 5, 7 and 13; Nichol and Dhariwal 2021, eq. 4, 15 and 16.
+    """
+    require("x0", x0, dtype=torch.float32)
+    batch, device, shape = x0.shape[0], x0.device, tuple(x0.shape)
+    require("x_t", x_t, dtype=torch.float32, device=device, shape=shape)
+    require("out", out, device=device)
+    doubled = (batch, *(2 * c for c in shape[1:2]), *shape[2:])
+    if tuple(out.shape) not in (shape, doubled) or out.dtype not in _NETWORK_DTYPES:
+        raise ValueError(
+            f"`out` must be {list(shape)}, or {list(doubled)} with a learned variance, of {_NETWORK_DTYPES}, "
+            f"got {out.dtype} {list(out.shape)}"
+        )
+    require("coef", coef, dtype=torch.float32, device=device, shape=(None, 8))
+    require("t", t, dtype=torch.int64, device=device, shape=(batch,))
+    wants_grad = out.requires_grad and torch.is_grad_enabled()
+    wants = (wants_grad and not detach_mean, wants_grad and tuple(out.shape) != shape)
+    operands = (x0.detach(), x_t.detach(), out if any(wants) else out.detach(), coef.detach(), t, *wants)
+    vlb: torch.Tensor = torch.ops.fastdiff.vlb_terms(*operands)[0]
+    return vlb
+
+
 def reverse_step(
     x: torch.Tensor,
     out: torch.Tensor,
@@ -236,11 +296,12 @@ def reverse_step(
     )
     require("out", out, device=x.device)
     lanes = out.shape[0]
-    doubled = (*(2 * c for c in sample[:1]), *sample[1:])
-    if tuple(out.shape[1:]) not in (sample, doubled) or not out.is_floating_point():
+    wanted = (*((1 + table.learned) * c for c in sample[:1]), *sample[1:])
+    if tuple(out.shape[1:]) != wanted or not out.is_floating_point():
+        variance = "as this table's variance is learned" if table.learned else "as no variance is learned"
         raise ValueError(
-            f"`out` must be [lanes, {', '.join(map(str, sample))}], or [lanes, 2C, ...] with a learned "
-            f"variance, in floating point, got {list(out.shape)} {out.dtype}"
+            f"`out` must be [lanes, {', '.join(map(str, wanted))}] in floating point, {variance}, "
+            f"got {list(out.shape)} {out.dtype}"
         )
     if table.registers and registers is None:
         raise ValueError(

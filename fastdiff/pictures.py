@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -314,7 +315,13 @@ def _checked_path(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Pa
         )
     if target.is_dir():
         raise ValueError(f"`path` must name a file, got the folder {str(path)!r}")
-    return target
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}."):
+            return target
+    except OSError as error:
+        raise ValueError(
+            f"`path` must lie in a folder that can be written, got {str(path)!r}: {error}"
+        ) from error
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

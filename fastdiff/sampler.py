@@ -1,21 +1,22 @@
 """A chain: the network and the fused step, one row of the sampling table after the other.
 
-A sampler holds what does not change from call to call (network, packed table, shapes); `sample` holds one
-batch. Between two
-evaluations of the network one operator runs, `reverse_step`, on buffers that are allocated once.
+A sampler holds what does not change from call to call: the network, its table, shapes. `sample` checks one
+call's arguments, starts a batch on a program (chain.py: the table on its device) and walks down its rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from fastdiff import ops
-from fastdiff.lanes import Condition, Lanes, conditions
+from fastdiff import editing, ops
+from fastdiff.chain import Batch, Program, evaluating
+from fastdiff.lanes import Condition, Lanes, conditions, has_null_class
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import UNet, load_config
 from fastdiff.schedule import NoiseSchedule
@@ -23,9 +24,10 @@ from fastdiff.solvers import compile_table
 from fastdiff.spacing import space_timesteps
 from fastdiff.table import SamplingTable
 
-# how many normals are drawn in one pass where no compiled kernel draws them: enough that NumPy's calls cost
-# little per normal
-_NORMALS_AHEAD = 65536
+Seeds = int | Sequence[int] | torch.Tensor
+Guidance = float | Sequence[float] | torch.Tensor
+_Edited = tuple[SamplingTable, Mapping[int, editing.Ending]]
+_KEPT_PROGRAMS = 16  # of edited tables: strengths, resamplings and inversions in use
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Moment:
         row: the row that has just run.
         num_rows: rows of the whole chain.
         t: the network's time in that row.
-        x: [B, ...] float32, the state after it. The chain goes on in this tensor: clone what you keep.
+        x: [B, ...] float32, the state after it. The chain goes on in this tensor: clone what you keep, and
+            do not write to it.
     """
 
     row: int
@@ -45,29 +48,12 @@ class Moment:
     x: torch.Tensor
 
 
-@dataclass
-class _Batch:
-    """The buffers of one call: the state, the network's input and what says which lane is whose."""
-
-    x: torch.Tensor
-    registers: torch.Tensor | None
-    u: torch.Tensor  # x itself where the network takes the state as it is
-    t: torch.Tensor
-    row: torch.Tensor
-    seed: torch.Tensor
-    sample_id: torch.Tensor
-    cond: dict[str, torch.Tensor]
-    cond_lane: torch.Tensor | None = None
-    uncond_lane: torch.Tensor | None = None
-    guidance_scale: torch.Tensor | None = None
-
-
 class Sampler:
     """Samples from a network with any solver, by one fused operator per evaluation.
 
     Args:
         model: any callable `(x, t, **cond) -> Tensor` (or an object with `.sample`); 2C output channels
-            with a learned variance.
+            with a learned variance. It must not write to x, which may be the chain's own state.
         schedule: the noise schedule that it was trained with. Give `table` instead to bring your own sampler.
         solver: a solver's name, or a function like those in fastdiff/solvers.
         steps: evaluations' times, as `space_timesteps` takes them: a number, "ddim50", "10,15,20"; None:
@@ -109,21 +95,30 @@ class Sampler:
         if (schedule is None) == (table is None):
             got = "neither" if table is None else "both"
             raise ValueError(f"give either `schedule` (with a solver's name) or `table`, got {got}")
+        for name, value, kind in (("schedule", schedule, NoiseSchedule), ("table", table, SamplingTable)):
+            if not isinstance(value, kind | None):
+                raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value).__name__}")
+        self._levels: NoiseLevels | None = None
+        self._compile: Callable[..., SamplingTable] | None = None
         if table is None:
             assert schedule is not None
             times = space_timesteps(
                 len(schedule.betas), len(schedule.betas) if steps is None else steps, spacing=spacing
             )
-            levels = NoiseLevels.from_schedule(schedule, times)
-            table = compile_table(
-                solver, levels, prediction=prediction, variance=variance, clip=clip, **options
+            self._levels = NoiseLevels.from_schedule(schedule, times)
+            self._compile = partial(
+                compile_table, solver, prediction=prediction, variance=variance, clip=clip, **options
             )
+            table = self._compile(levels=self._levels)
         elif options:
             option = next(iter(options))
             raise TypeError(
                 f"`{option}` is a solver's option, but `table` is compiled; compile_table takes it"
             )
-        self.shape = tuple(int(size) for size in shape)
+        try:
+            self.shape = tuple(operator.index(size) for size in shape)
+        except TypeError:
+            self.shape = ()
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"`shape` must be the shape of one sample, e.g. (3, 32, 32), got {shape!r}")
         first = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
@@ -131,12 +126,10 @@ class Sampler:
         self.table = table
         self.device = torch.device(device or (first.device if first is not None else "cpu"))
         self.dtype = dtype or (first.dtype if first is not None else torch.float32)
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"`dtype` must be a floating dtype, got {self.dtype}")
-        self._packed = table.pack(self.device)
-        self._whole_times = bool((table.t == table.t.round()).all())
-        self._reads_noise = (table.from_noise != 0).any(axis=1).tolist()
-        self._feeds_state = self.dtype == torch.float32 and bool((table.c_in == 1).all())
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"`dtype` must be a floating torch.dtype, got {self.dtype!r}")
+        self._program = Program(table, self.device, self.dtype)
+        self._edits: dict[tuple[Any, int], tuple[Program, Mapping[int, editing.Ending]]] = {}
 
     @classmethod
     def from_pretrained(
@@ -171,13 +164,18 @@ class Sampler:
         self,
         num: int,
         *,
-        seed: int = 0,
+        seed: Seeds = 0,
         sample_ids: Sequence[int] | torch.Tensor | None = None,
         cond: Condition | None = None,
         uncond: Condition | None = None,
-        guidance_scale: float | Sequence[float] | torch.Tensor = 1.0,
+        guidance_scale: Guidance = 1.0,
         noise: torch.Tensor | None = None,
         x_T: torch.Tensor | None = None,
+        init: torch.Tensor | None = None,
+        strength: float | None = None,
+        known: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        resample: int = 1,
         progress: bool = False,
         callback: Callable[[Moment], object] | None = None,
         trajectory: bool = False,
@@ -186,7 +184,8 @@ class Sampler:
 
         Args:
             num: how many samples.
-            seed: 64 bits. Noise depends on nothing but seed, sample id, row and element.
+            seed: 64 bits, for all samples or [num] of them. Noise depends on nothing but seed, sample id, row
+                and element.
             sample_ids: [num] identities in [0, 2^32), by default 0..num-1: `sample(8)[3]` is `sample(1,
                 sample_ids=[3])[0]`.
             cond: keyword arguments of the network, each [num, ...] or one value for all.
@@ -194,164 +193,203 @@ class Sampler:
                 networks must give it.
             guidance_scale: w of out = uncond + w (cond - uncond), one for all or [num]; 1 evaluates the
                 network once.
-            noise: [rows, num, ...] normals used in place of the drawn ones, row r in row r.
+            noise: [rows, num, ...] normals used in place of the drawn ones, row r in row r of the table that
+                runs: `strength` shortens it, `resample` repeats its rows.
             x_T: [num, ...] the state at the first level itself.
+            init: [num, ...] or one for all, an image to start from part of the way down the chain (SDEdit).
+            strength: how much of the chain runs from there, in (0, 1]: its last round(strength * steps)
+                steps, at least 1. A solver with a history is compiled anew from that level.
+            known: [num, ...] or one for all, an image of which a part is kept (RePaint).
+            mask: where it is kept, 1 or True: [H, W], [num, 1, H, W] or like x. Those pixels come out exact.
+            resample: how often each step but the last is run, with forward noise in between, so that the
+                rest fits the known part better; for solvers without a history.
             progress: show a progress bar.
             callback: called with a `Moment` after each row that ends a step.
             trajectory: also return the states.
 
         Returns:
             [num, *shape] float32 on the chain's device; with `trajectory` the pair (samples, states), states
-            [steps+1, num, *shape]
-            from x_T to the sample.
+            [steps+1, num, *shape] from the start to the sample.
 
         Raises:
             ValueError: arguments that do not fit, before any work.
         """
-        batch = self._start(num, seed, sample_ids, cond or {}, uncond, guidance_scale, x_T)
-        if noise is not None and tuple(noise.shape) != (self.table.num_rows, num, *self.shape):
-            raise ValueError(
-                f"`noise` must be [rows, num, *shape] = "
-                f"{(self.table.num_rows, num, *self.shape)}, got {tuple(noise.shape)}"
-            )
-        states = [batch.x.clone()] if trajectory else []
-        drawn = self._noise_rows(batch) if noise is None else iter(noise.to(self.device, torch.float32))
-        with _evaluating(self.model), torch.inference_mode():
-            for row in self._rows(progress):
-                self._step(row, batch, next(drawn))
-                if self.table.ends_step[row]:
-                    if trajectory:
-                        states.append(batch.x.clone())
-                    if callback is not None:
-                        callback(Moment(row, self.table.num_rows, float(self.table.t[row]), batch.x))
-        return (batch.x, torch.stack(states)) if trajectory else batch.x
+        for pair in ({"init": init, "strength": strength}, {"known": known, "mask": mask}):
+            missing = [name for name, value in pair.items() if value is None]
+            if len(missing) == 1:
+                raise ValueError(f"give `{'` and `'.join(pair)}` together; `{missing[0]}` is missing")
+        if init is not None and x_T is not None:
+            raise ValueError("give `init` or `x_T`, got both: each says where the chain starts")
+        if known is None and resample != 1:
+            raise ValueError(f"`resample` needs `known` and `mask`, got {resample} without them")
+        edited = strength is not None or known is not None
+        program, endings = self._edit(strength, resample) if edited else (self._program, {})
+        key, ids = self._key(num, seed, sample_ids)
+        state = (num, *self.shape)
+        if x_T is not None:
+            x = self._own(x_T, "x_T", num)
+        else:
+            x = ops.normal(self.shape, key, ids, draw=0, domain=0)
+            if init is None:
+                x.mul_(program.table.init_scale)
+            else:
+                x.mul_(float(program.table.sigma[0]))
+                x.add_(float(program.table.alpha[0]) * editing.image("init", init, state, self.device))
+        part = None
+        if known is not None and mask is not None:
+            part = editing.Known(known, mask, endings, state, key, ids)
+        if noise is not None:
+            _require_shape("noise", noise, (program.table.num_rows, *state), "[rows, num, *shape]")
+        batch = self._start(program, x, key, ids, cond or {}, uncond, guidance_scale)
+        return self._run(program, batch, noise, part, progress, callback, trajectory)
+
+    def invert(
+        self,
+        x: torch.Tensor,
+        *,
+        iterations: int = 1,
+        cond: Condition | None = None,
+        uncond: Condition | None = None,
+        guidance_scale: Guidance = 1.0,
+        progress: bool = False,
+        callback: Callable[[Moment], object] | None = None,
+        trajectory: bool = False,
+    ) -> Any:
+        """The x_T from which this sampler makes x, for solvers that add no noise: DDIM inversion.
+
+        `sampler.sample(len(x), x_T=sampler.invert(x))` is x again, up to an error that falls with the number
+        of steps, and much faster with `iterations`.
+
+        Args:
+            x: [num, *shape] clean samples.
+            iterations: of the fixed-point iteration for each step (`editing.inverted`); 1 is the usual
+                inversion, with as many evaluations as sampling.
+            cond, uncond, guidance_scale, progress, callback, trajectory: as in `sample`.
+
+        Returns:
+            [num, *shape] float32; with `trajectory` the pair (x_T, states), states from x to x_T.
+
+        Raises:
+            ValueError: a solver that adds noise or remembers earlier steps; arguments that do not fit.
+        """
+        program, _ = self._kept(
+            ("inverted", iterations), lambda: (editing.inverted(self.table, iterations), {})
+        )
+        num = len(x)
+        key, ids = self._key(num, 0, None)  # no row draws
+        batch = self._start(program, self._own(x, "x", num), key, ids, cond or {}, uncond, guidance_scale)
+        return self._run(program, batch, None, None, progress, callback, trajectory)
+
+    def _edit(self, strength: float | None, resample: int) -> tuple[Program, Mapping[int, editing.Ending]]:
+        """The program of a call, and what follows the steps of its table where a part is known."""
+        steps = all_steps = len(editing.steps_of(self.table))
+        if strength is not None:
+            if not 0.0 < strength <= 1.0:
+                raise ValueError(f"`strength` must be in (0, 1], 1 for the whole chain, got {strength!r}")
+            steps = max(1, round(strength * all_steps))
+
+        def make() -> _Edited:
+            table = editing.last_steps(self.table, steps)
+            if table is None:
+                if self._compile is None or self._levels is None:
+                    raise ValueError(
+                        f"`strength` {strength} starts `table` {self.table.name!r} at a step that reads what "
+                        "earlier ones remember; give `schedule` and `solver`, which are compiled from that "
+                        "level, or a table of a solver without a history"
+                    )
+                table = self._compile(levels=editing.last_levels(self._levels, steps))
+            return editing.repeated(table, resample)
+
+        return self._kept((steps, resample), make)
+
+    def _kept(
+        self, key: tuple[Any, int], make: Callable[[], _Edited]
+    ) -> tuple[Program, Mapping[int, editing.Ending]]:
+        """The program of an edited table, made when it is first used."""
+        found = self._edits.get(key)
+        if found is None:
+            table, endings = make()
+            found = Program(table, self.device, self.dtype), endings
+            if len(self._edits) >= _KEPT_PROGRAMS:
+                self._edits.clear()
+            self._edits[key] = found
+        return found
+
+    def _key(
+        self,
+        num: int,
+        seed: int | Sequence[int] | torch.Tensor,
+        sample_ids: Sequence[int] | torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noise's key of each sample."""
+        if isinstance(num, bool) or not hasattr(num, "__index__") or num < 0:
+            raise ValueError(f"`num` must be a whole number of at least 0, got {num!r}")
+        return ops.noise_key(seed, num if sample_ids is None else sample_ids, num, self.device)
+
+    def _own(self, x: torch.Tensor, name: str, num: int) -> torch.Tensor:
+        """A state that a user gives, copied."""
+        _require_shape(name, x, (num, *self.shape), "[num, *shape]")
+        return x.detach().to(self.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def _start(
         self,
-        num: int,
-        seed: int,
-        sample_ids: Sequence[int] | torch.Tensor | None,
+        program: Program,
+        x: torch.Tensor,
+        key: torch.Tensor,
+        ids: torch.Tensor,
         cond: Condition,
         uncond: Condition | None,
-        guidance_scale: float | Sequence[float] | torch.Tensor,
-        x_T: torch.Tensor | None,
-    ) -> _Batch:
-        """Check a call's arguments and allocate its buffers: x_T, and the network's first input."""
-        if num < 0:
-            raise ValueError(f"`num` must be at least 0, got {num}")
-        key, ids = ops.noise_key(seed, num if sample_ids is None else sample_ids, num, self.device)
-        state = (num, *self.shape)
-        if x_T is None:
-            x = ops.normal(self.shape, key, ids, draw=0, domain=0).mul_(self.table.init_scale)
-        else:
-            if tuple(x_T.shape) != state:
-                raise ValueError(f"`x_T` must be [num, *shape] = {state}, got {tuple(x_T.shape)}")
-            x = x_T.detach().to(self.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+        guidance_scale: Guidance,
+    ) -> Batch:
+        """Check what the network is to be given, and allocate the buffers."""
+        num = len(x)
         lanes = Lanes(guidance_scale, num, self.device)
         if lanes.guided and uncond is None:
-            if not isinstance(self.model, UNet) or not cond:
+            if not cond:
+                raise ValueError("`guidance_scale` other than 1 needs `cond`, what the network is guided to")
+            if not has_null_class(self.model):
                 raise ValueError(
-                    "`uncond` must be given with a `guidance_scale` other than "
-                    "1: the network's unconditional arguments"
+                    "`uncond` must be given with a `guidance_scale` other than 1: the network's arguments "
+                    "without a condition; only an fd.UNet with classes knows its own"
                 )
             uncond = {"labels": -1}
         kwargs = conditions(self.model, cond, uncond if lanes.guided else None, num, lanes.order, self.device)
-        u = x
-        if lanes.guided or not self._feeds_state:
-            u = (float(self.table.c_in[0]) * (x[lanes.order] if lanes.guided else x)).to(self.dtype)
-        registers = (
-            torch.zeros(self.table.registers, *state, device=self.device) if self.table.registers else None
-        )
-        t = torch.zeros(
-            u.shape[0], dtype=torch.int64 if self._whole_times else torch.float32, device=self.device
-        )
-        return _Batch(
-            x,
-            registers,
-            u,
-            t,
-            self._packed.start(num),
-            key,
-            ids,
-            kwargs,
-            lanes.cond,
-            lanes.uncond,
-            lanes.scale,
-        )
+        return program.start(x, key, ids, lanes, kwargs)
 
-    def _rows(self, progress: bool) -> Any:
-        """The rows in order, behind a progress bar if one is wanted."""
-        rows = range(self.table.num_rows)
-        if not progress:
-            return rows
-        from tqdm import tqdm
+    def _run(
+        self,
+        program: Program,
+        batch: Batch,
+        noise: torch.Tensor | None,
+        known: editing.Known | None,
+        progress: bool,
+        callback: Callable[[Moment], object] | None,
+        trajectory: bool,
+    ) -> Any:
+        """Walk down the rows."""
+        table = program.table
+        rows: Any = range(table.num_rows)
+        if progress:
+            from tqdm import tqdm
 
-        return tqdm(rows, desc=self.table.name, unit="step", leave=False)
-
-    def _step(self, row: int, batch: _Batch, noise: torch.Tensor | None) -> None:
-        """One evaluation of the network and the fused update."""
-        batch.row.fill_(row)
-        batch.t.fill_(int(self.table.t[row]) if self._whole_times else float(self.table.t[row]))
-        out = self.model(batch.u, batch.t, **batch.cond)
-        out = out if isinstance(out, torch.Tensor) else out.sample
-        if row == 0:
-            self._check_output(out, batch.u.shape[0])
-        torch.ops.fastdiff.reverse_step_(
-            batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, self._packed.coef,
-            self._packed.plan, batch.row, batch.seed, batch.sample_id, batch.cond_lane, batch.uncond_lane,
-            batch.guidance_scale, noise,
-        )  # fmt: skip
-
-    def _check_output(self, out: torch.Tensor, lanes: int) -> None:
-        """The network's first output against the table's contract."""
-        channels, *rest = self.shape
-        wanted = (lanes, 2 * channels if self.table.learned else channels, *rest)
-        if tuple(out.shape) == wanted:
-            return
-        hint = ""
-        if tuple(out.shape) == (lanes, 2 * channels, *rest):
-            hint = '; 2C channels mean a learned variance: say variance="learned_range" (or "learned")'
-        elif self.table.learned and tuple(out.shape) == (lanes, channels, *rest):
-            hint = '; a learned variance needs 2C channels: say variance="fixed_small" (or "fixed_large")'
-        raise ValueError(
-            f"`model` must return {wanted} for `shape` {self.shape}, got {tuple(out.shape)}{hint}"
-        )
-
-    def _noise_rows(self, batch: _Batch) -> Iterator[torch.Tensor | None]:
-        """Each row's noise where it pays to draw many rows in one pass, else None: the operator draws it.
-
-        It pays for a small state on a CPU without compiled kernels: many rows share NumPy's cost per call.
-        """
-        from fastdiff.kernels import cpu
-
-        num_rows, numel = self.table.num_rows, batch.x.numel()
-        ahead = _NORMALS_AHEAD // max(numel, 1)
-        row = 0
-        while row < num_rows:
-            if (
-                ahead < 2
-                or self.device.type != "cpu"
-                or not any(self._reads_noise[row:])
-                or cpu.library() is not None
-            ):
-                yield None
-                row += 1
-                continue
-            rows = torch.arange(row, min(row + ahead, num_rows))
-            draws = rows.repeat_interleave(batch.x.shape[0])
-            z = ops.normal(self.shape, batch.seed.repeat(len(rows)), batch.sample_id.repeat(len(rows)), draws)
-            yield from z.view(len(rows), *batch.x.shape)
-            row += len(rows)
+            rows = tqdm(rows, desc=table.name, unit="step", leave=False)
+        states = [batch.x.clone()] if trajectory else []
+        drawn = program.noise_rows(batch) if noise is None else iter(noise.to(self.device, torch.float32))
+        with evaluating(self.model), torch.inference_mode():
+            for row in rows:
+                program.step(self.model, batch, row, next(drawn))
+                if known is not None and row in known.endings:
+                    known.keep(batch.x, row)
+                    program.feed(batch, row + 1)
+                if table.ends_step[row]:
+                    if trajectory:
+                        states.append(batch.x.clone())
+                    if callback is not None:
+                        callback(Moment(row, table.num_rows, float(table.t[row]), batch.x))
+        return (batch.x, torch.stack(states)) if trajectory else batch.x
 
 
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for the time of a chain; the flag is put back."""
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
+def _require_shape(name: str, value: Any, shape: tuple[int, ...], words: str) -> None:
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"`{name}` must be a tensor {words} = {shape}, got {got}")

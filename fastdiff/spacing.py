@@ -16,7 +16,7 @@ def space_timesteps(
 ) -> list[int]:
     """A subsequence of a schedule's T times, ascending.
 
-        ddpm      round(i (T-1)/(n-1)), i = 0..n-1: both ends included    (Nichol & Dhariwal 2021)
+        ddpm      round(i (T-1)/(n-1)), i = 0..n-1: both ends included; n = 1: T-1    (Nichol & Dhariwal 2021)
         leading   i (T // n) + offset                       (Song 2020; Stable Diffusion has offset 1)
         trailing  round(T (n-i)/n) - 1: the last time is always there            (Lin et al. 2023)
         linspace  round(i (T-1)/(n-1)), by diffusers' own arithmetic
@@ -52,7 +52,7 @@ def space_timesteps(
     if n > total:
         raise ValueError(f"`steps` must be at most the schedule's {total} timesteps, got {n}")
     if spacing == "ddpm":
-        return _spread(total, n)
+        return _spread(total, n) if n > 1 else [total - 1]  # one step goes from noise, not from time 0
     if spacing == "leading":
         times = [i * (total // n) + int(offset) for i in range(n)]
         if times[-1] >= total:

@@ -261,7 +261,7 @@ class SamplingTable:
         from fastdiff.kernels import layout
 
         columns = {name: getattr(self, name) for name in (*_HEAD, "from_state", *_BODY)}
-        return layout.pack(**columns, clip=self.clip, device=device)
+        return layout.pack(**columns, clip=self.clip, learned=self.learned, device=device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to `path` (safetensors, JSON for what is no array), bit for bit and atomically."""
@@ -284,11 +284,16 @@ class SamplingTable:
                 f"{metadata.get('format')!r}, arrays missing {sorted(set(_ARRAYS) - set(tensors))}, "
                 f"unknown {sorted(set(tensors) - set(_ARRAYS))}"
             )
-        rest = json.loads(metadata["table"])
-        rest["clip"] = None if rest["clip"] is None else tuple(rest["clip"])
-        rest["exempt"] = tuple(rest["exempt"])
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        return cls(**arrays, **rest)
+        try:
+            rest = json.loads(metadata["table"])
+            rest["clip"] = None if rest["clip"] is None else tuple(rest["clip"])
+            rest["exempt"] = tuple(rest["exempt"])
+            return cls(**arrays, **rest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`path` must hold a sampling table, got {os.fspath(path)!r}, damaged: {error}"
+            ) from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SamplingTable):

@@ -19,19 +19,20 @@ from .philox import DOMAIN_STEP, normal_numpy
 if TYPE_CHECKING:
     from .reverse_step import Step
 
-_PART = 65536  # elements, a multiple of 4: the temporaries stay in cache
+_PART = 32768  # elements, a multiple of 4: the temporaries stay in cache
 
 
 def step_native(native: CDLL, s: Step) -> None:
-    """The compiled loop; it reads and writes float32."""
+    """The compiled loop; it knows networks of float32 and bfloat16, others it meets in float32."""
     batch, n = s.x.shape
-    out = s.out.float().contiguous()
-    u = s.u if s.u is None or s.u.dtype == torch.float32 else s.u.float()
+    halves = s.out.dtype == torch.bfloat16 and (s.u is None or s.u.dtype == torch.bfloat16)
+    out = (s.out if halves else s.out.float()).contiguous()
+    u = s.u if s.u is None or halves or s.u.dtype == torch.float32 else s.u.float()
     noise = None if s.noise is None else s.noise.contiguous()
     tensors = (s.x, s.registers, out, u, noise, *s[4:12])
     native.fd_reverse_step(
         *map(cpu.pointer, tensors), c_int64(batch), c_int64(n), c_int64(out.shape[1]), c_int64(s.idle),
-        0 if s.registers is None else s.registers.shape[0], torch.get_num_threads(),
+        0 if s.registers is None else s.registers.shape[0], int(halves), torch.get_num_threads(),
     )  # fmt: skip
     if s.u is not None and u is not s.u:
         s.u.copy_(u)  # type: ignore[arg-type]
@@ -130,7 +131,7 @@ def _noise(
         z = s.noise[slots, part]
     else:
         ids = s.sample_id[slots].cpu()
-        z = torch.empty(slots.stop - slots.start, part.stop - part.start)
+        z = torch.empty(slots.stop - slots.start, part.stop - part.start, dtype=torch.float32)
         normal_numpy(
             z, s.seed[slots].cpu(), ids, torch.full_like(ids, plan[layout.DRAW]), DOMAIN_STEP, part.start
         )

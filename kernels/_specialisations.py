@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,21 +12,32 @@ import torch
 from . import layout
 from .advance import Advance, advance_triton
 from .denoising_loss import Loss, denoising_loss_triton
+from .group_norm import Norm, group_norm_silu_triton
+from .group_norm_backward import NormGrad, group_norm_silu_backward_triton
 from .philox import normal_triton
 from .q_sample import TARGETS, Forward, q_sample_triton
 from .reverse_step import Step, reverse_step_triton
+from .vlb import WIDTH as VLB_WIDTH
+from .vlb import Terms, vlb_terms_triton
 
 _BATCH, _N, _ROWS = 4, 3 * 32 * 32, 50
 
 
 @dataclass(frozen=True)
 class Specialisation:
-    """A kernel as it is launched: its name, what is special, the launch, the least bytes per element."""
+    """A kernel as it is launched: its name, what is special, the launch, the least bytes per element.
+
+    Attributes:
+        index: which of the kernels that `launch` launches.
+        exact: whether each of its operations rounds once, so that it may not fuse a multiply with an add.
+    """
 
     kernel: str
     variant: str
     launch: Callable[[], Any]
     least: float
+    index: int = 0
+    exact: bool = True
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -87,6 +99,58 @@ def denoising_loss(
     denoising_loss_triton(Loss(_empty(batch), out, out, x0, levels, t, seed, sample_id, draw, kind))
 
 
+def vlb_terms(
+    learned: bool = True, dtype: torch.dtype = torch.bfloat16, batch: int = _BATCH, n: int = _N
+) -> None:
+    """Launch `vlb_terms` as the hybrid loss does where a variance is learned, else as the bound does."""
+    out, x0 = _empty(batch, 2 * n if learned else n, dtype=dtype), _empty(batch, n)
+    grad = _empty(batch, n, dtype=dtype)
+    coef, (t,) = _empty(_ROWS, VLB_WIDTH), _int64(1, batch)
+    vlb_terms_triton(
+        Terms(_empty(batch), None if learned else grad, grad if learned else None, x0, x0, out, coef, t)
+    )
+
+
+def group_norm_silu(
+    n: int = 1024,
+    dtype: torch.dtype = torch.bfloat16,
+    last: bool = False,
+    backward: bool = False,
+    batch: int = _BATCH,
+) -> None:
+    """Launch `group_norm_silu` on 128 channels in 32 groups, or its gradient."""
+    channels, groups = 128, 32
+    x = _empty(*((batch, n, channels) if last else (batch, channels, n)), dtype=dtype)
+    mean, weight, scale = _empty(batch, groups), _empty(channels), _empty(batch, channels)
+    rest = (x, None, weight, weight, scale, scale, groups, 1e-5, True, last)
+    if backward:
+        group_norm_silu_backward_triton(NormGrad(x, _empty(2, batch, channels), x, mean, mean, *rest))
+    else:
+        group_norm_silu_triton(Norm(x, mean, mean, *rest))
+
+
+def _norms() -> tuple[Specialisation, ...]:
+    """`group_norm_silu` and its gradient, once over x (32x32) and twice (128x128)."""
+    once, twice, bf16, fp32 = 32 * 32, 128 * 128, torch.bfloat16, torch.float32
+    rows: tuple[tuple[str, float, int, tuple[Any, ...]], ...] = (
+        ("once bf16", 4, 0, (once, bf16)),
+        ("once fp32", 8, 0, (once, fp32)),
+        ("once fp32 last", 8, 0, (once, fp32, True)),
+        ("moments bf16", 2, 0, (twice, bf16)),
+        ("moments bf16 last", 2, 0, (twice, bf16, True)),
+        ("y bf16", 4, 2, (twice, bf16)),
+        ("y bf16 last", 4, 2, (twice, bf16, True)),
+        ("gradient once bf16", 6, 0, (once, bf16, False, True)),
+        ("gradient sums bf16", 4, 0, (twice, bf16, False, True)),
+        ("gradient bf16", 6, 1, (twice, bf16, False, True)),
+        ("gradient bf16 last", 6, 1, (twice, bf16, True, True)),
+    )
+    return tuple(
+        Specialisation("group_norm_silu", name, partial(group_norm_silu, *a), least, index, exact=False)
+        for name, least, index, a in rows
+    )
+
+
 def normal(batch: int = _BATCH, n: int = _N) -> None:
     """Launch `normal`."""
     seed, sample_id, draw = _int64(3, batch)
@@ -111,6 +175,9 @@ IN_USE = (
     Specialisation("q_sample", "fp32 v", lambda: q_sample("v", torch.float32), 12),
     Specialisation("denoising_loss", "bf16 eps", denoising_loss, 4),
     Specialisation("denoising_loss", "fp32 v", lambda: denoising_loss("v", torch.float32), 12),
+    Specialisation("vlb_terms", "bf16 learned, both paths", vlb_terms, 14),
+    Specialisation("vlb_terms", "fp32 fixed, both paths", lambda: vlb_terms(False, torch.float32), 16),
     Specialisation("normal", "fp32", normal, 4),
     Specialisation("advance", "int32", advance, 0),
+    *_norms(),
 )

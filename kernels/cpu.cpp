@@ -78,6 +78,21 @@ inline float exact_exp(float y) {
   return p * as_float((int32_t)((uint32_t)(as_int(rounded) + 127) << 23));
 }
 
+// bfloat16 to float32 is exact; back it rounds to nearest, ties to even, as torch does
+inline float widen(uint16_t h) { return as_float((int32_t)((uint32_t)h << 16)); }
+inline uint16_t narrow(float f) {
+  uint32_t bits = (uint32_t)as_int(f);
+  return f != f ? 0x7FC0 : (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// `count` numbers of the network's dtype from element `at` on, as float32: in place, or widened into `room`
+inline const float* load(const void* from, int64_t at, int count, bool bfloat16, float* room) {
+  if (!bfloat16) return (const float*)from + at;
+  const uint16_t* h = (const uint16_t*)from + at;
+  for (int i = 0; i < count; i++) room[i] = widen(h[i]);
+  return room;
+}
+
 inline void add_term(float* sum, float a, const float* value, int count) {
   if (a != 0.0f)
     for (int i = 0; i < count; i++) sum[i] = sum[i] + a * value[i];
@@ -157,10 +172,12 @@ void fd_denoising_loss(double* sums, float* grad, const float* out, const float*
   }
 }
 
-// registers: [registers, batch, n]; out: [lanes, lane] with lane = n or 2n; u: [lanes, n] or null; cond, uncond, scale, noise, v or null
-void fd_reverse_step(float* x, float* regs, const float* out, float* u, const float* noise, const float* coef, const int32_t* plan,
+// registers: [registers, batch, n]; out: [lanes, lane] with lane = n or 2n; u: [lanes, n] or null, both float32 or
+// both bfloat16; cond, uncond, scale, noise or null
+void fd_reverse_step(float* x, float* regs, const void* out, void* u, const float* noise, const float* coef, const int32_t* plan,
                      const int32_t* row, const int64_t* seed, const int64_t* sample_id, const int32_t* cond, const int32_t* uncond,
-                     const float* scale, int64_t batch, int64_t n, int64_t lane, int64_t rows, int registers, int threads) {
+                     const float* scale, int64_t batch, int64_t n, int64_t lane, int64_t rows, int registers, int bfloat16,
+                     int threads) {
   const int64_t chunks = (n + BLOCK - 1) / BLOCK, width = HEAD + (registers + 1) * (registers + 4);
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
   for (int64_t task = 0; task < batch * chunks; task++) {
@@ -171,15 +188,15 @@ void fd_reverse_step(float* x, float* regs, const float* out, float* u, const fl
     const float* a = coef + at * width;
     const int32_t *p = plan + at * PLAN_WIDTH, reads = p[READS], writes = p[WRITES];
     if (cond_lane < 0 || (reads | writes) == 0) continue;
-    float state[MAX_REGISTERS + 1][BLOCK], guided[BLOCK], x0[BLOCK], z[BLOCK], sum[BLOCK];
-    const float* o = out + cond_lane * lane + start;
+    float state[MAX_REGISTERS + 1][BLOCK], guided[BLOCK], x0[BLOCK], z[BLOCK], sum[BLOCK], room[2][BLOCK];
+    const float* o = reads & READS_OUT ? load(out, cond_lane * lane + start, count, bfloat16, room[0]) : nullptr;
     for (int k = 0; k <= registers; k++)
       if (reads >> k & 1) {
         const float* s = k ? regs + (k - 1) * batch * n + base : x + base;
         std::copy(s, s + count, state[k]);
       }
     if (reads & READS_OUT && uncond_lane >= 0) {
-      const float *other = out + uncond_lane * lane + start, w = scale[b];
+      const float *other = load(out, uncond_lane * lane + start, count, bfloat16, room[1]), w = scale[b];
       for (int i = 0; i < count; i++) guided[i] = other[i] + w * (o[i] - other[i]);
       o = guided;
     }
@@ -196,14 +213,14 @@ void fd_reverse_step(float* x, float* regs, const float* out, float* u, const fl
       if (noise) std::copy(noise + base, noise + base + count, z);
       else normals(z, start, count, seed[b], sample_id[b], p[DRAW], DOMAIN_STEP);
       if (reads & READS_LEARNED && lane == 2 * n) {
-        const float *v = out + cond_lane * lane + n + start, lo = a[LOG_VAR_MIN], hi = a[LOG_VAR_MAX];
+        const float *v = load(out, cond_lane * lane + n + start, count, bfloat16, room[1]), lo = a[LOG_VAR_MIN], hi = a[LOG_VAR_MAX];
         for (int i = 0; i < count; i++) {
           float f = (v[i] + 1.0f) * 0.5f;
           z[i] = exact_exp((f * hi + (1.0f - f) * lo) * 0.5f) * z[i];
         }
       }
     }
-    for (int j = 0; j <= registers; j++) {
+    for (int j = registers; j >= 0; j--) {  // x last: `out` may be x itself
       float* s = j ? regs + (j - 1) * batch * n + base : x + base;
       const float* terms = a + HEAD + j * (registers + 4);
       const bool feeds_u = j == 0 && u && writes & WRITES_U;
@@ -216,9 +233,13 @@ void fd_reverse_step(float* x, float* regs, const float* out, float* u, const fl
       if (writes >> j & 1) std::copy(sum, sum + count, s);
       if (feeds_u) {
         const float c = a[C_IN_NEXT];
-        float* first = u + cond_lane * n + start;
-        for (int i = 0; i < count; i++) first[i] = c * sum[i];
-        if (uncond_lane >= 0) std::copy(first, first + count, u + uncond_lane * n + start);
+        for (int64_t to : {cond_lane, uncond_lane}) {
+          if (to < 0) continue;
+          if (bfloat16)
+            for (int i = 0; i < count; i++) ((uint16_t*)u)[to * n + start + i] = narrow(c * sum[i]);
+          else
+            for (int i = 0; i < count; i++) ((float*)u)[to * n + start + i] = c * sum[i];
+        }
       }
     }
   }

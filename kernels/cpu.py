@@ -1,4 +1,4 @@
-"""Builds and loads kernels/cpu.cpp: the fused CPU kernels, where a C++ compiler is there.
+"""Builds and loads kernels/cpu.cpp and group_norm.cpp: the fused CPU kernels, where a C++ compiler is there.
 
 The build takes about a second, runs in the background and is kept on disk, so that no image waits for it:
 until it is there, and where there is no compiler, callers use NumPy and torch, whose results are the same to
@@ -11,6 +11,7 @@ the last bit.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -21,13 +22,21 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
-_FUNCTIONS = ("fd_normal", "fd_q_sample", "fd_denoising_loss", "fd_reverse_step")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "group_norm.cpp"))
+_FUNCTIONS = (
+    "fd_normal",
+    "fd_q_sample",
+    "fd_denoising_loss",
+    "fd_reverse_step",
+    "fd_group_norm",
+    "fd_group_norm_backward",
+)
 # exact arithmetic first
 _EXACT = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # then the widest vectors that the machine has (512 bits: 1.3x over the compiler's own choice on an AVX-512
@@ -58,13 +67,23 @@ def library(wait: bool = False) -> ctypes.CDLL | None:
         return None
     with _lock:
         if _thread is None:
-            _thread = threading.Thread(target=_load, name="fastdiff-build")
+            # a daemon: a process that ends before its compiler does not wait for it
+            _thread = threading.Thread(target=_load, name="fastdiff-build", daemon=True)
             _thread.start()
-            if cached := _cache_file(_compiler()):
-                wait = wait or cached.exists()  # loading takes a millisecond
+            wait = wait or _is_cached()  # loading takes milliseconds
     if wait:
         _thread.join()
     return _library
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads: a build that was under way is started anew."""
+    global _thread, _lock
+    _thread, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -75,7 +94,7 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 def _compiler() -> list[str] | None:
     """The command that compiles C++, or None."""
     if chosen := os.environ.get("CXX"):
-        return shlex.split(chosen)
+        return shlex.split(chosen) if chosen.count('"') % 2 == chosen.count("'") % 2 == 0 else [chosen]
     found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
     return [found] if found else None
 
@@ -95,6 +114,7 @@ def _load() -> None:
         if not _intact(path):
             _build(compiler, path)
         loaded = ctypes.CDLL(str(path))
+        os.utime(path)
         for name in _FUNCTIONS:
             getattr(loaded, name).restype = None
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
@@ -125,9 +145,10 @@ def _digest_file(path: Path) -> Path:
 def _build(compiler: list[str], path: Path) -> None:
     """Compile into `path`, atomically, mode 0600, with its digest beside it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    _sweep(path.parent)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
         source, target, digest = (Path(folder, name) for name in ("cpu.cpp", "cpu.so", "cpu.sha256"))
-        source.write_text(_constants() + _SOURCE.read_text())
+        source.write_text(_constants() + _text())
         for tuning in _TUNINGS:
             command = [*compiler, *_EXACT, *tuning, "-shared", "-fPIC", str(source), "-o", str(target)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -140,12 +161,27 @@ def _build(compiler: list[str], path: Path) -> None:
     raise OSError(f"{' '.join(command)} failed: {result.stderr.strip()[:500]}")
 
 
+def _sweep(cache: Path) -> None:
+    """Remove what killed builds left, and libraries that nobody has loaded for a month."""
+    for pattern, age in (("build-*", 3600), ("cpu-*", 30 * 86400)):
+        for old in cache.glob(pattern):
+            with contextlib.suppress(OSError):  # another process sweeps as well
+                if time.time() - old.stat().st_mtime > age:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _is_cached() -> bool:
+    """Whether there is something to load."""
+    path = _cache_file(_compiler())
+    return path is not None and path.exists()
+
+
 def _cache_file(compiler: list[str] | None) -> Path | None:
     """Where the compiled file for this source, compiler and processor lies."""
     if compiler is None:
         return None
     key = [
-        _SOURCE.read_text(),
+        _text(),
         _constants(),
         *compiler,
         platform.machine(),
@@ -153,9 +189,19 @@ def _cache_file(compiler: list[str] | None) -> Path | None:
         repr((_EXACT, _TUNINGS)),
     ]
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(os.environ.get("FASTDIFF_CACHE") or os.path.join(home, "fastdiff"))
-    return folder / f"cpu-{digest}.so"
+    return _cache_folder() / f"cpu-{digest}.so"
+
+
+def _cache_folder() -> Path:
+    """FASTDIFF_CACHE, or the user's cache; where there is no home, a temporary folder of the user's."""
+    if chosen := os.environ.get("FASTDIFF_CACHE"):
+        return Path(chosen)
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache, "fastdiff")
+    home = os.path.expanduser("~")
+    if home != "~":
+        return Path(home, ".cache", "fastdiff")
+    return Path(tempfile.gettempdir(), f"fastdiff-{os.getuid()}")
 
 
 def _processor() -> str:
@@ -167,6 +213,11 @@ def _processor() -> str:
     return "\n".join(
         sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
     )
+
+
+def _text() -> str:
+    """The kernels' C++, one source behind the other."""
+    return "\n".join(source.read_text() for source in _SOURCES)
 
 
 def _constants() -> str:

@@ -33,8 +33,8 @@ _ROUNDER = tl.constexpr(ROUNDER)
 
 
 @jit
-def exact_exp(y):
-    """exp of a float32 tensor; NaN stays NaN."""
+def _exp_parts(y):
+    """n, r, q and 2^n with exp(y) = 2^n (1 + r + r^2 q); NaN stays NaN."""
     y = tl.clamp(y, _LO, _HI, propagate_nan=tl.PropagateNan.ALL)
     rounded = y * _LOG2E + _ROUNDER
     n = rounded - _ROUNDER
@@ -43,10 +43,25 @@ def exact_exp(y):
     p = p * r + _E4
     p = p * r + _E3
     p = p * r + _E2
-    p = p * r + _E1
-    p = p * r + _E0
     scale = ((rounded.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
-    return p * scale
+    return n, r, p, scale
+
+
+@jit
+def exact_exp(y):
+    """exp of a float32 tensor; NaN stays NaN."""
+    _, r, q, scale = _exp_parts(y)
+    return ((q * r + _E1) * r + _E0) * scale
+
+
+@jit
+def exact_exp_rest(y):
+    """exp(y), exp(y) - 1 and exp(y) - 1 - y, the last two without cancellation where |y| < ln(2)/2."""
+    n, r, q, scale = _exp_parts(y)
+    power = ((q * r + _E1) * r + _E0) * scale
+    rest = (q * r) * r
+    less = power - 1.0
+    return power, tl.where(n == 0.0, r + rest, less), tl.where(n == 0.0, rest, less - y)
 
 
 @jit

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -50,11 +51,12 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as a launcher asked for it: the kernel, its arguments by name, its options."""
+    """One launch as a launcher asked for it: the kernel, its arguments by name, its options, its grid."""
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
+    grid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,8 @@ def report(targets: Sequence[str] = TARGETS, kernels: Sequence[str] | None = Non
 
 def examine(s: _specialisations.Specialisation, target: str) -> Report:
     """One kernel on one target."""
-    (launch,) = launches(s.launch)
-    compiled = compile_for(launch, target)
-    return read(compiled, launch, target, s)
+    launch = launches(s.launch)[s.index]
+    return read(compile_for(launch, target), launch, target, s)
 
 
 def read(compiled: Any, launch: Launch, target: str, s: _specialisations.Specialisation) -> Report:
@@ -152,7 +153,7 @@ def _recorded() -> Iterator[list[Launch]]:
     def record(self: Any, *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
         given = dict(zip(self.arg_names, values, strict=False)) | named
         options = {name: given.pop(name) for name in list(given) if name not in self.arg_names}
-        found.append(Launch(self, given, options))
+        found.append(Launch(self, given, options, grid))
 
     original = JITFunction.run
     JITFunction.run = record
@@ -196,9 +197,11 @@ _TYPES = {
 
 
 def tensor_bytes(ttir: str) -> int:
-    """Bytes that one program's loads and stores of whole blocks move, each counted once."""
-    found = re.findall(r"tt\.(?:load|store) .*?: tensor<(\d+)x!tt\.ptr<([a-z]+)(\d+)>", ttir)
-    return sum(int(size) * int(bits) // 8 for size, _, bits in found)
+    """Bytes that one program's loads and stores of its largest blocks move, each counted once."""
+    found = re.findall(r"tt\.(?:load|store) .*?: tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", ttir)
+    sizes = [(prod(map(int, shape.split("x")[:-1])), int(bits) // 8) for shape, bits in found]
+    largest = max((size for size, _ in sizes), default=0)
+    return sum(size * width for size, width in sizes if size == largest)
 
 
 def _bound(d: Device, executed: float, pipes: dict[str, float], traffic: float) -> tuple[str, float]:

@@ -43,11 +43,13 @@ class PackedTable:
         coef: [rows + 1, width(registers)] float32; the last row is the idle row.
         plan: [rows + 1, 4] int32 on the same device.
         registers: K, the number of state-sized registers besides x.
+        learned: whether the network's output holds a variance behind its prediction.
     """
 
     coef: torch.Tensor
     plan: torch.Tensor
     registers: int
+    learned: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -64,7 +66,7 @@ class PackedTable:
 
     def to(self, device: Any) -> PackedTable:
         """The same table on another device."""
-        return PackedTable(self.coef.to(device), self.plan.to(device), self.registers)
+        return PackedTable(self.coef.to(device), self.plan.to(device), self.registers, self.learned)
 
 
 def pack(
@@ -82,6 +84,7 @@ def pack(
     clip: tuple[float, float] | None = None,
     draw: np.ndarray | None = None,
     registers: int | None = None,
+    learned: bool = False,
     device: Any = None,
 ) -> PackedTable:
     """Round a table's float64 columns to float32, once, add the idle row and derive each row's plan.
@@ -92,6 +95,7 @@ def pack(
         clip: range of x0, or None.
         draw: [rows] the noise's `draw` of each row; the row's own index by default.
         registers: pad K up to this number, so that tables of different K share one launch.
+        learned: whether the network gives a variance behind its prediction.
         device: where the tensors go.
 
     Raises:
@@ -119,7 +123,7 @@ def pack(
     plan = np.zeros((rows + 1, PLAN_WIDTH), np.int32)
     plan[:rows, DRAW] = np.arange(rows) if draw is None else draw
     plan[:, READS], plan[:, WRITES] = _plan(coef, outputs, clip is not None)
-    return PackedTable(torch.from_numpy(coef).to(device), torch.from_numpy(plan).to(device), k)
+    return PackedTable(torch.from_numpy(coef).to(device), torch.from_numpy(plan).to(device), k, learned)
 
 
 def _plan(coef: np.ndarray, outputs: np.ndarray, clipped: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -71,9 +71,8 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @jit
-def box_muller(w0, w1):
-    """Two standard normals from two words; every operation rounds once (see the module's head)."""
-    u = w0.to(tl.float32) * _TWO_M32 + _TWO_M33
+def minus_two_log(u):
+    """-2 ln u of normal numbers 0 < u < 4/3; every operation rounds once (see the module's head)."""
     bits = u.to(tl.int32, bitcast=True)
     e = (bits - _MANTISSA_BASE) & _EXPONENT_MASK
     f = (bits - e).to(tl.float32, bitcast=True) - 1.0
@@ -84,7 +83,13 @@ def box_muller(w0, w1):
     q = q * f + _L2
     q = q * f + _L1
     q = q * f + _L0
-    radius = tl.sqrt_rn(q * f + e.to(tl.float32) * _LOG_EXPONENT)
+    return q * f + e.to(tl.float32) * _LOG_EXPONENT
+
+
+@jit
+def box_muller(w0, w1):
+    """Two standard normals from two words; every operation rounds once (see the module's head)."""
+    radius = tl.sqrt_rn(minus_two_log(w0.to(tl.float32) * _TWO_M32 + _TWO_M33))
     v4 = w1.to(tl.float32) * _TWO_M30
     rounded = v4 + _ROUNDER
     k = rounded.to(tl.int32, bitcast=True)
@@ -176,7 +181,11 @@ def normal_torch(
     Traffic: 4 bytes written per element.
     """
     if z.device.type != "cpu":
-        return z.copy_(normal_torch(torch.empty(z.shape), seed.cpu(), sample_id.cpu(), draw.cpu(), domain))
+        return z.copy_(
+            normal_torch(
+                torch.empty(z.shape, dtype=torch.float32), seed.cpu(), sample_id.cpu(), draw.cpu(), domain
+            )
+        )
     if native := cpu.library():
         key = map(cpu.pointer, (seed, sample_id, draw))
         native.fd_normal(

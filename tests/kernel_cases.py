@@ -116,6 +116,7 @@ def random_table(
         from_noise=parts[2],
         clip=clip,
         registers=pad_to,
+        learned=learned,
     )
 
 
@@ -250,7 +251,7 @@ def _dot(coefficients: torch.Tensor, values: list[Rounded]) -> Rounded:
 
 
 OP_SHAPE = (3, 4, 5)
-OP_TABLE = random_table(1, 0)
+OP_TABLE, OP_TABLE_LEARNED = random_table(1, 0), random_table(1, 0, learned=True)
 
 
 def op_arguments(batch: int = 2, lanes: int | None = None, learned: bool = False) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def op_arguments(batch: int = 2, lanes: int | None = None, learned: bool = False
     return dict(
         x=torch.randn(batch, *OP_SHAPE, generator=g),
         out=torch.randn(lanes, channels, *OP_SHAPE[1:], generator=g),
-        table=OP_TABLE,
+        table=OP_TABLE_LEARNED if learned else OP_TABLE,
         row=OP_TABLE.start(batch) + 2,
         seed=7,
         registers=torch.randn(1, batch, *OP_SHAPE, generator=g),

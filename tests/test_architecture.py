@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     0: "files pictures _arguments",
     1: "schedule spacing levels table",
-    2: "solvers",
-    3: "_dispatch ops nn",
-    4: "sampler graph train likelihood",
+    2: "solvers plots words",
+    3: "_dispatch _norm ops nn",
+    4: "editing lanes chain sampler graph train likelihood",
     5: "engine generate adapters",
-    6: "cli __main__",
+    6: "cli __main__ doctor",
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms.split()}
 LINES = 400

@@ -54,7 +54,7 @@ def test_normals_without_a_compiler_take_at_most_ten_times_torch_randn():
 
 
 def test_noise_is_a_small_share_of_a_chain_without_a_compiler():
-    measure = lambda: -bench_noise.uncompiled_share("digits", 50)  # noqa: E731
+    measure = lambda: -bench_noise.uncompiled_share("digits", 25)  # noqa: E731
     assert -best(measure, -bench_noise.LARGEST_SHARE) <= bench_noise.LARGEST_SHARE
 
 
@@ -67,14 +67,15 @@ def test_the_share_of_noise_is_seen_where_it_is_large(monkeypatch):
         return normal(*args, **kwargs)
 
     monkeypatch.setattr(ops, "normal", draw_slowly)
-    assert bench_noise.noise_share("bare", 20) > 0.5
+    assert bench_noise.noise_share("bare", 20) > 0.8
 
 
 @linux
 @pytest.mark.parametrize("case", bench_memory.CASES)
 def test_a_chain_holds_at_most_three_states(case):
     bench_memory.states_held(steps=1)
-    assert bench_memory.states_held(**bench_memory.CASES[case]) <= bench_memory.MOST
+    held = bench_memory.states_held(**bench_memory.CASES[case])
+    assert held <= bench_memory.MOST + bench_memory.SCRATCH
 
 
 @linux
@@ -131,8 +132,8 @@ def test_percentiles_are_those_of_the_sorted_timings():
 
 @pytest.fixture
 def comparison() -> record.Comparison:
-    times = {name: record.Times(s, s / 2, 2 * s, 9) for name, s in [("ours", 0.001), ("theirs", 0.002)]}
-    ratios = {"ours": 2.0}
+    times = {name: record.Times(s, s / 2, 2 * s, 9) for name, s in [("fastdiff", 0.001), ("theirs", 0.002)]}
+    ratios = {"fastdiff": 2.0}
     return record.Comparison("step", "ddpm, large", times, "theirs", ratios, {"shape": [1, 2]}, "a test")
 
 
@@ -155,11 +156,11 @@ def test_results_come_back_from_their_files_with_the_machine(tmp_path, compariso
 
 
 def test_a_table_shows_every_variant_and_calls_ties_and_losses_so(tmp_path, comparison, quantity):
-    record.save(replace(comparison, speed_ups={"ours": 0.8}), tmp_path)
+    record.save(replace(comparison, speed_ups={"fastdiff": 0.8}), tmp_path)
     record.save(quantity, tmp_path)
     table = report.table(report.results(tmp_path)["step"])
     assert "| ddpm, large | theirs | 2 (1 to 4) | baseline |" in table
-    assert "|  | ours | 1 (0.5 to 2) | 0.80x (loss) |" in table
+    assert "|  | fastdiff | 1 (0.5 to 2) | 0.80x (loss) |" in table
     assert "| states held | 2.5 states | 3 |" in table
     assert table.count(f"torch {torch.__version__}") == 1, "one machine is named once"
     assert [report.verdict(r) for r in (2.0, 1.02, 0.98, 0.5)] == [
@@ -170,14 +171,16 @@ def test_a_table_shows_every_variant_and_calls_ties_and_losses_so(tmp_path, comp
 def test_a_document_gets_its_tables_between_the_markers(tmp_path, comparison):
     record.save(comparison, tmp_path)
     groups = report.results(tmp_path)
-    text = "before\n<!-- results: step -->\nold\n<!-- end of results -->\nafter\n"
+    text = "before\n<!-- results: step -->\nold\n<!-- results: end -->\nafter\n"
     new = report.up_to_date(text, groups)
     assert new.startswith("before\n<!-- results: step -->\n")
-    assert new.endswith("<!-- end of results -->\nafter\n")
+    assert new.endswith("<!-- results: end -->\nafter\n")
     assert "2.00x" in new
     assert "old" not in new
     assert report.up_to_date(new, groups) == new
-    with pytest.raises(ValueError, match="`results: chain` must name one of step"):
+    short = report.up_to_date(text.replace("step", "begin"), groups)
+    assert "| step: ddpm, large | 2 (theirs) | 1 | 2.00x |" in short
+    with pytest.raises(ValueError, match="`results: chain` must name one of begin, step"):
         report.up_to_date(text.replace("step", "chain"), groups)
 
 

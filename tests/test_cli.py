@@ -179,3 +179,49 @@ def test_a_training_mistake_is_one_line_and_leaves_nothing(tmp_path, arguments, 
     said = run("train", *arguments, "--out", str(tmp_path / "run"), code=2)
     assert named in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["schedule", "--schedule", "linear,cosine"],
+        ["levels", "--levels", "karras", "--steps", "9"],
+        ["table", "--solver", "unipc", "--option", "order=2"],
+        ["table", "--solver", "ddpm", "--steps", "ddim10", "--zero-snr"],
+    ],
+)
+def test_show_draws_what_it_is_asked_for(tmp_path, arguments):
+    out = tmp_path / "show.png"
+    assert "wrote" in run("show", *arguments, "--out", str(out))
+    with Image.open(out) as picture:
+        assert min(picture.size) > 500
+
+
+def test_show_draws_a_saved_table(tmp_path):
+    import fastdiff as fd
+
+    levels = fd.NoiseLevels.karras(5, 0.02, 40.0)
+    fd.compile_table("heun", levels, prediction="edm").save(tmp_path / "mine.safetensors")
+    run("show", "table", "--file", str(tmp_path / "mine.safetensors"), "--out", str(tmp_path / "mine.png"))
+    assert (tmp_path / "mine.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["tabel"], "schedule, levels or table"),
+        (["table", "--solver", "unipcc"], "unipc"),
+        (["table", "--option", "order=2"], "order"),
+        (["table", "--option", "eta"], "--option"),
+        (["table", "--file", "nowhere.safetensors"], "nowhere"),
+        (["levels", "--levels", "karas"], "--levels"),
+        (["schedule", "--schedule", "linear,cosin"], "--schedule"),
+        (["schedule", "--out", "show.txt"], "show.txt"),
+    ],
+)
+def test_a_mistake_in_show_is_one_line_and_draws_nothing(tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    said = run("show", *arguments, code=2)
+    assert named in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -133,3 +133,92 @@ def test_home_of_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPat
     assert cpu._cache_file(["g++"]).parent == tmp_path / "fastdiff"
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "own"))
     assert cpu._cache_file(["g++"]).parent == tmp_path / "own"
+
+
+def test_process_does_not_wait_for_its_compiler(tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.chmod(0o700)
+    code = "import fastdiff as fd; print(fd.ops.normal((3,), 0, 1, 0).shape)"
+    environment = os.environ | {"CXX": str(slow), "FASTDIFF_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=50)
+    assert result.returncode == 0
+
+
+def test_what_killed_builds_left_is_swept(fresh: Path) -> None:
+    old, new, library = fresh / "build-old", fresh / "build-new", fresh / "cpu-0.so"
+    old.mkdir(parents=True)
+    new.mkdir()
+    library.write_bytes(b"")
+    for path, days in ((old, 1), (library, 40)):
+        os.utime(path, (path.stat().st_mtime - days * 86400,) * 2)
+    assert cpu.library(wait=True) is not None
+    assert not old.exists()
+    assert not library.exists()
+    assert new.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_builds_for_itself(fresh: Path) -> None:
+    code = """
+import os
+from fastdiff.kernels import cpu
+cpu.library()
+child = os.fork()
+if child == 0:
+    os._exit(cpu.library(wait=True) is None)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("native", [True, False])
+def test_torchs_default_dtype_changes_nothing(dtype: torch.dtype, native: bool, monkeypatch) -> None:
+    import fastdiff as fd
+
+    def chain() -> torch.Tensor:
+        sampler = fd.Sampler(
+            lambda x, t: x.tanh(), fd.NoiseSchedule.linear(1000), solver="unipc", steps=6, shape=(2, 9),
+            dtype=torch.float32,
+        )  # fmt: skip
+        ancestral = fd.Sampler(
+            lambda x, t: x.tanh(), fd.NoiseSchedule.linear(1000), solver="ddpm", steps=6, shape=(2, 9),
+            dtype=torch.float32,
+        )  # fmt: skip
+        return torch.stack([sampler.sample(3), ancestral.sample(3)])
+
+    library()
+    if not native:
+        monkeypatch.setattr(cpu, "library", lambda wait=False: None)
+    expected = chain()
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same_bits(chain(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_output_that_is_the_state_is_read_before_it_is_overwritten() -> None:
+    """A register made of `out`, with a network that returns its own input: native, eager and a copy agree."""
+    import fastdiff as fd
+    from fastdiff.solvers import OUT, X0, Register, Row, X
+
+    def remembers(levels: fd.NoiseLevels) -> list[Row]:
+        kept, rows = None, []
+        for now, to in levels.steps():
+            eps = (X - now.alpha * X0) / now.sigma
+            x = to.alpha * X0 + to.sigma * eps
+            saved = Register()
+            rows.append(
+                Row(now, x if kept is None else x + 0.1 * kept, {saved: OUT}, exempt=("mean", "noise"))
+            )
+            kept = saved
+        return rows
+
+    def chain(network: object) -> torch.Tensor:
+        schedule = fd.NoiseSchedule.linear(1000)
+        return fd.Sampler(network, schedule, solver=remembers, steps=4, shape=(2, 9)).sample(3)
+
+    library()
+    assert_same_bits(chain(lambda x, t: x), chain(lambda x, t: x.clone()))

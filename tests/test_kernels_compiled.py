@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -25,7 +25,22 @@ BUDGETS = {  # executed instructions per element, registers
     "reverse_step K=0 fp32": (90, 64),
     "q_sample bf16": (65, 64),
     "denoising_loss bf16 eps": (70, 64),
+    "vlb_terms bf16 learned, both paths": (280, 128),  # of which a sample takes one
+    "vlb_terms fp32 fixed, both paths": (230, 112),
     "normal fp32": (60, 64),
+}
+
+NORM_BUDGETS = {
+    "group_norm_silu once bf16": (50, 64),
+    "group_norm_silu once fp32": (50, 64),
+    "group_norm_silu once fp32 last": (55, 64),
+    "group_norm_silu moments bf16": (35, 64),
+    "group_norm_silu y bf16": (40, 64),
+    "group_norm_silu y bf16 last": (50, 64),
+    "group_norm_silu gradient once bf16": (60, 64),
+    "group_norm_silu gradient sums bf16": (55, 64),
+    "group_norm_silu gradient bf16": (50, 64),
+    "group_norm_silu gradient bf16 last": (65, 96),
 }
 
 
@@ -51,6 +66,29 @@ def test_tensors_move_in_128_bit_accesses_and_no_byte_twice(name: str, target: s
     got = examined(name, target)
     assert got.wide == 1.0
     assert got.traffic == got.least
+
+
+@budget
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("name", NORM_BUDGETS)
+def test_group_norm_reads_x_once_or_twice_in_128_bit_accesses_without_spills(name: str, target: str) -> None:
+    got, (instructions, registers) = examined(name, target), NORM_BUDGETS[name]
+    assert got.executed <= instructions
+    assert got.registers <= registers
+    assert (got.spills, got.stack, got.slow) == (0, 0, 0)
+    assert got.traffic == got.least
+    # channels_last also reads its channels' parameters in 128-bit accesses
+    assert got.wide == 1.0 or (name.endswith("last") and got.wide > 1.0)
+
+
+def test_group_norm_starts_two_programs_for_each_multiprocessor_at_batch_1() -> None:
+    for n in (64 * 64, 128 * 128, 1000 * 1000):
+        for last in (False, True):
+            for backward in (False, True):
+                run = partial(_specialisations.group_norm_silu, n, last=last, backward=backward, batch=1)
+                found = [launch for launch in inspect.launches(run) if "x_ptr" in launch.arguments]
+                assert len(found) == 2
+                assert all(launch.grid[0] >= 2 * 132 for launch in found)
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -209,4 +247,5 @@ def test_recording_launches_nothing_and_restores_triton() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_specialisation_compiles_everywhere_without_spills(name: str, target: str) -> None:
     got = examined(name, target)
-    assert (got.spills, got.stack, got.fused) == (0, 0, 0)
+    assert (got.spills, got.stack) == (0, 0)
+    assert got.fused == 0 or not VARIANTS[name].exact

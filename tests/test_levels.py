@@ -168,7 +168,10 @@ def test_every_spacing_makes_ascending_times_in_range(total: int, data: st.DataO
         assert times[-1] < total
         assert all(type(t) is int for t in times)
     assert space_timesteps(total, n, "trailing")[-1] == total - 1
-    assert all(abs(t - Fraction(i * (total - 1), max(n - 1, 1))) <= Fraction(1, 2) + Fraction(1, 10**9)
+    if n == 1:
+        assert space_timesteps(total, 1) == [total - 1]
+        return
+    assert all(abs(t - Fraction(i * (total - 1), n - 1)) <= Fraction(1, 2) + Fraction(1, 10**9)
                for i, t in enumerate(space_timesteps(total, n)))  # fmt: skip
 
 

@@ -23,6 +23,8 @@ from fastdiff import _dispatch, ops
 from fastdiff.kernels import _triton, philox
 from fastdiff.kernels import advance as advance_module
 from fastdiff.kernels.layout import PackedTable
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.train.bound import vlb_coefficients
 
 
 def raw(given: dict[str, Any]) -> tuple[Any, ...]:
@@ -216,6 +218,7 @@ def test_model_with_every_operator_exports_and_runs_under_autocast() -> None:
             x_t, goal = ops.q_sample(x0, levels, t, key, None, 3, target="v")
             out = self.layer(x_t)
             loss = ops.denoising_loss(out, x0, levels, t, key, None, 3, target="v")
+            loss = loss + ops.vlb_terms(x0, x_t, out, coef, t)
             x, row = x_t + ops.normal(SHAPE, key, 2, 0), torch.zeros(2, dtype=torch.int32)
             ops.reverse_step(x, out, table, row, key)
             times = torch.zeros(2)
@@ -223,6 +226,7 @@ def test_model_with_every_operator_exports_and_runs_under_autocast() -> None:
             return loss, goal, x, times
 
     table = random_table(0, 0)
+    coef = vlb_coefficients(NoiseSchedule.linear(10), "v")
     model = Step().eval()
     given = (torch.randn(2, *SHAPE), torch.tensor([2, 9]), torch.tensor([5, -6]))
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import OP_SHAPE as SHAPE
@@ -40,7 +41,7 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     ),
     (r"`row` must be torch.int32 \[2\]", change(row=TABLE.start(3))),
     (
-        r"`out` must be \[lanes, 3, 4, 5\], or .*2C.* got \[2, 3, 4, 4\]",
+        r"`out` must be \[lanes, 3, 4, 5\] .* got \[2, 3, 4, 4\]",
         change(out=torch.zeros(2, 3, 4, 4)),
     ),
     (r"`out` must be .* got \[2, 5, 4, 3\]", change(out=torch.zeros(2, 5, 4, 3))),
@@ -100,3 +101,29 @@ def test_refused_call_changes_nothing() -> None:
         ops.reverse_step(**given, noise=torch.zeros(1))
     for before, name in ((x, "x"), (u, "u"), (registers, "registers")):
         assert_same_bits(given[name], before)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_channels_that_do_not_fit_the_tables_variance_are_refused(learned: bool) -> None:
+    given = operands(learned=learned)
+    given["out"] = operands(learned=not learned)["out"]
+    with pytest.raises(ValueError, match="learned"):
+        ops.reverse_step(**given)
+
+
+def test_seeds_are_one_for_all_or_one_for_each() -> None:
+    each = ops.normal((3,), [5, 6], 2, 0)
+    for b, seed in enumerate((5, 6)):
+        assert torch.equal(each[b], ops.normal((3,), seed, [b], 0)[0])
+    with pytest.raises(ValueError, match="seed"):
+        ops.normal((3,), [5, 6, 7], 2, 0)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([2**32]), torch.tensor([-1]), -3])
+def test_ids_outside_of_32_bits_are_refused(ids: object) -> None:
+    with pytest.raises(ValueError, match="sample_ids"):
+        ops.normal((3,), 0, ids, 0)  # type: ignore[arg-type]
+
+
+def test_a_number_of_samples_may_be_numpys() -> None:
+    assert torch.equal(ops.normal((3,), 0, np.int64(2), 0), ops.normal((3,), 0, 2, 0))

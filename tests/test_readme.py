@@ -53,4 +53,14 @@ def test_the_set_up_is_exactly_two_commands_that_make_knows():
 def test_links_lead_to_files():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    titles = {
+        "#" + title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    }
+    assert [link for link in links if not (link in titles or (ROOT / link).exists())] == []
+
+
+def test_the_table_of_schedulers_is_what_importing_them_gives():
+    pytest.importorskip("diffusers")
+    from benchmarks.schedulers import table
+
+    assert table() in README

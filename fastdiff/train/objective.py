@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.nn import prediction_of
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import draws
 
@@ -156,8 +157,7 @@ class Objective:
             x0, alpha_sigma, t, seed, sample_ids, draw, noise=noise, target=self.prediction
         )
         assert target is not None  # for the type checker: q_sample was asked for one
-        out = model(x_t, timesteps[t], **(cond or {}))
-        out = out if isinstance(out, Tensor) else out.sample
+        out = prediction_of(model(x_t, timesteps[t], **(cond or {})))
         _check_output(out, x0)
         mse = (out.float() - target).square().flatten(1).mean(1)
         return Losses(total=mse if self.loss == "simple" else mse * weights[t], mse=mse)

@@ -1,0 +1,213 @@
+"""The operator `group_norm_silu`: registered with torch, differentiable, its arguments checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fastdiff import _dispatch
+from fastdiff._arguments import require
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PARAMETERS = (
+    "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool activation"
+)
+_dispatch._library.define(
+    f"group_norm_silu(Tensor x, Tensor? residual, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)"
+)
+_dispatch._library.define(
+    "group_norm_silu_backward(Tensor grad, Tensor mean, Tensor rstd, Tensor x, Tensor? residual, "
+    f"{_PARAMETERS}) -> (Tensor, Tensor)"
+)
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: bool = True,
+) -> torch.Tensor:
+    """GroupNorm of x or x + residual, modulated, through SiLU.
+
+        h = (GroupNorm(x + residual) weight + bias) scale + shift,   y = h sigmoid(h)
+
+    Statistics and arithmetic are float32; results repeat bit for bit. Every operand has a gradient.
+
+    Args:
+        x: [B, C, ...] float32, bfloat16 or float16 with up to three further dimensions. Channels first or
+            last in memory are read as they lie; anything else is copied.
+        num_groups: divides C.
+        weight, bias: [C], of any of these dtypes; None for 1 and 0.
+        eps: positive, added to the variance.
+        scale, shift: [B, C], or [1, C] for all samples alike; None for 1 and 0.
+        residual: of x's shape and dtype.
+        activation: False for y = h.
+
+    Returns:
+        x's shape, dtype and memory format.
+
+    Raises:
+        ValueError: shape, dtype or device mismatch, `num_groups` that does not divide C, eps that is not
+            positive, before any launch.
+
+    Traffic: reads x once where a group fits on chip, else twice; writes y once.
+    Source: Wu and He 2018, eq. 1-4; Dhariwal and Nichol 2021, section 3.
+    """
+    require("x", x)
+    if not 2 <= x.dim() <= 5 or x.dtype not in _DTYPES:
+        raise ValueError(
+            f"`x` must be [B, C, ...] with 2 to 5 dimensions of {_DTYPES}, got {x.dim()} of {x.dtype}"
+        )
+    batch, channels = x.shape[:2]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"`num_groups` must be positive and divide the {channels} channels, got {num_groups}"
+        )
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ValueError(f"`eps` must be positive and finite, got {eps}")
+    for name, vector in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+        if vector is None:
+            continue
+        lead = () if name in ("weight", "bias") else (1 if vector.shape[:1] == (1,) else batch,)
+        require(name, vector, device=x.device, shape=(*lead, channels))
+        if vector.dtype not in _DTYPES:
+            raise ValueError(f"`{name}` must be of {_DTYPES}, got {vector.dtype}")
+    if residual is not None:
+        require("residual", residual, dtype=x.dtype, device=x.device, shape=tuple(x.shape))
+    y: torch.Tensor = torch.ops.fastdiff.group_norm_silu(
+        x, residual, weight, bias, scale, shift, num_groups, eps, activation
+    )[0]
+    return y
+
+
+def _is_last(x: torch.Tensor) -> bool:
+    """Whether x lies in memory with its channels last."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Room of x's shape with its channels where x has them."""
+    if not _is_last(x):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(x.movedim(1, -1).shape, dtype=x.dtype, device=x.device).movedim(-1, 1)
+
+
+def _flat(x: torch.Tensor | None, last: bool) -> torch.Tensor | None:
+    """[B, C, N], or [B, N, C] where `last`, dense; a view where x already lies so."""
+    if x is None:
+        return None
+    n = math.prod(x.shape[2:])
+    if last:
+        return x.movedim(1, -1).contiguous().view(x.shape[0], n, x.shape[1])
+    return x.contiguous().view(x.shape[0], x.shape[1], n)
+
+
+def _forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, groups: int, eps: float, activation: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    from fastdiff.kernels.group_norm import Norm
+
+    vectors = (weight, bias, scale, shift)
+    y, mean, rstd = _forward_fake(x, residual, *vectors, groups, eps, activation)
+    last = _is_last(x)
+    small = map(_dispatch._dense, vectors)
+    operands = Norm._make(
+        (
+            _flat(y, last),
+            mean,
+            rstd,
+            _flat(x, last),
+            _flat(residual, last),
+            *small,
+            groups,
+            eps,
+            activation,
+            last,
+        )
+    )
+    _dispatch._run("group_norm_silu", x.device, operands)
+    return y, mean, rstd
+
+
+def _forward_fake(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, groups: int, eps: float, activation: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    mean, rstd = (torch.empty(x.shape[0], groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    return _like(x), mean, rstd
+
+
+def _backward(
+    grad: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, x: torch.Tensor,
+    residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, groups: int, eps: float, activation: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    from fastdiff.kernels.group_norm_backward import NormGrad
+
+    vectors = (weight, bias, scale, shift)
+    grad_x, sums = _backward_fake(grad, mean, rstd, x, residual, *vectors, groups, eps, activation)
+    last = _is_last(x)
+    own = (_dispatch._dense(a) for a in (mean, rstd))
+    elements = (_flat(x, last), _flat(residual, last))
+    rest = (*map(_dispatch._dense, vectors), groups, eps, activation, last)
+    operands = NormGrad._make((_flat(grad_x, last), sums, _flat(grad, last), *own, *elements, *rest))
+    _dispatch._run("group_norm_silu_backward", x.device, operands)
+    return grad_x, sums
+
+
+def _backward_fake(
+    grad: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, x: torch.Tensor,
+    residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, groups: int, eps: float, activation: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _like(x), torch.empty(2, *x.shape[:2], dtype=torch.float32, device=x.device)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.groups, ctx.eps, ctx.activation = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(mean, rstd, *tensors)
+
+
+def _gradients(
+    ctx: Any, grad: torch.Tensor, _mean: torch.Tensor, _rstd: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """dv for x and residual, and what the sums over positions say of the parameters."""
+    mean, rstd, *tensors = ctx.saved_tensors
+    residual, weight, bias, scale, shift = tensors[1:]
+    grad_x, (plain, along) = torch.ops.fastdiff.group_norm_silu_backward(
+        grad, mean, rstd, *tensors, ctx.groups, ctx.eps, ctx.activation
+    )
+    factor = 1 if scale is None else scale
+    by_scale = along if weight is None else weight * along
+    by_scale = by_scale if bias is None else by_scale + bias * plain
+    return (
+        grad_x,
+        None if residual is None else grad_x.clone(),
+        *(
+            None if a is None else (factor * b).sum(0).to(a.dtype)
+            for a, b in ((weight, along), (bias, plain))
+        ),
+        *(
+            None if a is None else b.sum_to_size(a.shape).to(a.dtype)
+            for a, b in ((scale, by_scale), (shift, plain))
+        ),
+        *[None] * 3,
+    )
+
+
+_dispatch._register("group_norm_silu", _forward, _forward_fake)
+_dispatch._register("group_norm_silu_backward", _backward, _backward_fake)
+torch.library.register_autograd(
+    "fastdiff::group_norm_silu", _gradients, setup_context=_setup, lib=_dispatch._library
+)

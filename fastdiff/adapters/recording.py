@@ -1,0 +1,269 @@
+"""From a tape to a table: rows are assembled, the noise gets one symbol, x0 its column, and registers go.
+
+What a driver (diffusers, k-diffusion) knows about each evaluation comes as `Heads`. At the end the other
+project's code runs once more, on random numbers, and every state must be the table's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdiff.adapters.basis import LEARNED, Epoch, Numbers, Refused, Tape
+from fastdiff.adapters.observable import reduce_registers
+from fastdiff.levels import Level
+from fastdiff.solvers.forms import Form, Row, assemble
+from fastdiff.table import SamplingTable
+
+SELF_CHECK_TOL = 1e-5  # other projects keep their schedules in float32
+LEARNED_VALUES = (1.0, -1.0, 0.0)  # of v: the ends of the learned range, and its middle as a check
+_EXACT_TOL, _ROUNDED_TOL = 1e-9, 1e-4  # of the final comparison, without and with float32 inside
+_EPS = float(np.finfo(np.float64).eps)
+_PROBE_SHAPE = (2, 3, 2, 3)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What is known of each evaluation besides the tape; the attributes of `SamplingTable` of these names.
+
+    `x0_from_x` and `x0_from_out` may hold NaN where nobody knows how x0 follows from the output: such a row
+    uses the output as it is.
+    """
+
+    t: np.ndarray
+    c_in: np.ndarray
+    x0_from_x: np.ndarray
+    x0_from_out: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    ends_step: np.ndarray
+    init_scale: float
+    exempt: tuple[str, ...] = ()
+
+
+def compile_tapes(tapes: Sequence[Tape], heads: Heads) -> tuple[SamplingTable, list[np.ndarray]]:
+    """The table of a tape, and [rows] weights of each row's draws in its one noise.
+
+    Args:
+        tapes: one, or with a learned variance one for each of `LEARNED_VALUES`.
+    Raises:
+        ValueError: coefficients that are not finite, two independent noises in one row, clips that differ, or
+            a learned variance that is not an interpolation of logarithms.
+    """
+    tape = tapes[0]
+    weights = [_noise_weights(tape, row, epoch) for row, epoch in enumerate(tape.epochs)]
+    raw = [_columns(tape, weights) for tape in tapes]
+    columns = raw[0]
+    log_var = _log_variances(tape, raw)
+    px, po, clip = _predicted_x0(tape, heads)
+    columns = reduce_registers(_through_x0(columns, px, po, clipped=clip is not None))
+    known = np.isfinite(px) & np.isfinite(po)
+    table = SamplingTable(
+        t=heads.t,
+        c_in=heads.c_in,
+        x0_from_x=np.where(known, px, 0.0),
+        x0_from_out=np.where(known, po, 1.0),
+        log_var_min=log_var[:, 0],
+        log_var_max=log_var[:, 1],
+        **columns,
+        alpha=heads.alpha,
+        sigma=heads.sigma,
+        ends_step=heads.ends_step,
+        init_scale=heads.init_scale,
+        clip=clip,
+        name=tape.name,
+        learned=tape.learned is not None,
+        exempt=heads.exempt,
+    )
+    return table, weights
+
+
+def _noise_weights(tape: Tape, row: int, epoch: Epoch) -> np.ndarray:
+    """[draws] what each draw of an epoch contributes to its noise; of length 1, or 0 where no noise is used.
+
+    Several draws are one noise where everything reads them in the same proportion.
+    """
+    outputs = np.stack([coords for coords in (epoch.x, *epoch.saved.values()) if coords is not None])
+    if not np.isfinite(outputs).all():
+        raise Refused(f"{tape.name} cannot be imported: in row {row} a coefficient is not finite")
+    if outputs[:, LEARNED].any():
+        raise Refused(f"{tape.name} cannot be imported: in row {row} the variance channels enter the sample")
+    draws = np.zeros((len(outputs), epoch.draws))
+    for slot, symbol in enumerate(epoch.symbols):
+        if isinstance(symbol, tuple):
+            draws[:, symbol[1]] = outputs[:, slot]
+    used = np.flatnonzero(draws.any(axis=0))
+    weights = np.zeros(epoch.draws)
+    if len(used) == 1:
+        weights[used] = 1.0
+    elif len(used):
+        _, sizes, directions = np.linalg.svd(draws)
+        if len(sizes) > 1 and sizes[1] > 1e-12 * sizes[0]:
+            raise Refused(
+                f"{tape.name} cannot be imported: row {row} needs two independent noises, and a row has one z"
+            )
+        weights[:] = directions[0] * np.sign(directions[0][used[0]])
+    return weights
+
+
+def _columns(tape: Tape, weights: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """from_state, from_x0, from_out and from_noise as the tape has them."""
+    rows = []
+    for epoch, drawn in zip(tape.epochs, weights, strict=True):
+
+        def form(coords: Any, epoch: Epoch = epoch, drawn: np.ndarray = drawn) -> Form:
+            terms: dict[Any, float] = {}
+            for slot in np.flatnonzero(coords[: len(epoch.symbols)]):
+                symbol, value = epoch.symbols[slot], float(coords[slot])
+                if isinstance(symbol, tuple):
+                    symbol, value = "z", value * float(drawn[symbol[1]])
+                terms[symbol] = terms.get(symbol, 0.0) + value
+            return Form(terms)
+
+        saved = {register: form(coords) for register, coords in epoch.saved.items()}
+        rows.append(Row(Level(0.0, 1.0, 0.0), form(epoch.x), saved))
+    return assemble(rows)
+
+
+def _log_variances(tape: Tape, raw: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
+    """[rows, 2] log_var_min and log_var_max; where they are not 0, x's noise in raw[0] becomes a sign."""
+    rows = len(tape.epochs)
+    log_var = np.zeros((rows, 2))
+    if len(raw) == 1:
+        return log_var
+    high, low, middle = (columns["from_noise"][:, 0].copy() for columns in raw)
+    learned = high != low
+    fixed = [_but_noise_of_x(columns) for columns in raw]
+    same = all(np.array_equal(a, b) for other in fixed[1:] for a, b in zip(fixed[0], other, strict=True))
+    if not same or not np.allclose(middle**2, high * low, rtol=1e-9, atol=0.0):
+        raise Refused(
+            f"{tape.name} cannot be imported: its learned variance is no interpolation of logarithms, "
+            "exp((w log_var_max + (1 - w) log_var_min) / 2), w = (v + 1) / 2"
+        )
+    log_var[learned] = 2.0 * np.log(np.abs(np.stack([low, high], axis=1)[learned]))
+    raw[0]["from_noise"][learned, 0] = np.sign(high[learned])
+    return log_var
+
+
+def _but_noise_of_x(columns: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return [value[:, 1:] if name == "from_noise" else value for name, value in columns.items()]
+
+
+def _predicted_x0(tape: Tape, heads: Heads) -> tuple[np.ndarray, np.ndarray, tuple[float, float] | None]:
+    """x0_from_x, x0_from_out and the range; a row that clips says itself what its x0 is."""
+    px, po = heads.x0_from_x.copy(), heads.x0_from_out.copy()
+    ranges: set[tuple[float, float]] = set()
+    for row, epoch in enumerate(tape.epochs):
+        if epoch.clipped is not None:
+            px[row], po[row], low, high = epoch.clipped
+            ranges.add((low, high))
+    if len(ranges) > 1:
+        raise Refused(f"{tape.name} cannot be imported: it clips to {sorted(ranges)}, a table to one range")
+    return px, po, next(iter(ranges), None)
+
+
+def _through_x0(
+    columns: dict[str, np.ndarray], px: np.ndarray, po: np.ndarray, *, clipped: bool
+) -> dict[str, np.ndarray]:
+    """The output written as x0, out = (x0 - px x)/po; a chain that clips keeps its own choice of the two."""
+    usable = np.isfinite(px) & np.isfinite(po) & (po != 0)
+    if clipped:
+        return columns
+    share = columns["from_out"] / np.where(usable, po, 1.0)[:, None]
+    share[~usable] = 0.0
+    state = columns["from_state"].copy()
+    taken = np.where(usable, px, 0.0)[:, None] * share
+    left = state[:, :, 0] - taken
+    # What cancels to the last bits was meant to cancel: x is then not read.
+    rest = np.abs(left) <= 4.0 * _EPS * (np.abs(state[:, :, 0]) + np.abs(taken))
+    state[:, :, 0] = np.where(rest & (taken != 0), 0.0, left)
+    return {
+        "from_state": state,
+        "from_x0": columns["from_x0"] + share,
+        "from_out": np.where(usable[:, None], 0.0, columns["from_out"]),
+        "from_noise": columns["from_noise"],
+    }
+
+
+class ProbeNetwork:
+    """A bounded, non-linear, time-dependent network for a table, that notes every state it is asked about.
+
+    Its x0 is 1.3 tanh(x + cos t): now and then outside of a clip range of 1.
+    """
+
+    def __init__(self, table: SamplingTable) -> None:
+        self.table = table
+        self.states: list[torch.Tensor] = []
+
+    def __call__(self, u: torch.Tensor, t: Any) -> torch.Tensor:
+        row = len(self.states)
+        table = self.table
+        if row == table.num_rows:
+            raise ValueError(f"the network is evaluated more than {row} times")
+        u = u.double()
+        self.states.append(u)
+        px, po, c_in = (float(column[row]) for column in (table.x0_from_x, table.x0_from_out, table.c_in))
+        x = u / c_in if c_in else u
+        x0 = 1.3 * torch.tanh(x + np.cos(float(torch.as_tensor(t).flatten()[0])))
+        out = (x0 - px * x) / po if po else x0
+        return torch.cat([out, torch.tanh(2.0 * x)], dim=1) if table.learned else out
+
+
+def confirm(
+    table: SamplingTable,
+    weights: Sequence[np.ndarray],
+    run: Callable[[ProbeNetwork, Numbers, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    *,
+    rounds: bool,
+) -> None:
+    """Run the original on random numbers and demand that the table goes through the same states.
+
+    The numbers are small even where a chain starts at a large sigma: what is linear cannot tell, and what the
+    original rounds is then not the difference of large ones.
+
+    Args:
+        weights: of each row's draws in its noise.
+        run: (network, numbers, x_T) -> (the state that entered row 0, the result), by the original's code.
+        rounds: whether the original rounds to less than float64.
+    Raises:
+        ValueError: the first row whose result differs: something there is not linear, or depends on the data.
+    """
+    numbers = Numbers(scale=1.0 / max(1.0, table.init_scale))
+    network = ProbeNetwork(table)
+    failed = f"{table.name} cannot be imported: on random numbers it"
+    try:
+        x, result = run(network, numbers, numbers.normal(_PROBE_SHAPE))
+    except Exception as error:  # whatever a stranger's code raises
+        raise Refused(f"{failed} fails with {type(error).__name__}: {error}") from error
+    if [len(zs) for zs in numbers.draws[1:]] != [len(drawn) for drawn in weights]:
+        raise Refused(
+            f"{failed} evaluates the network or draws noise another number of times than on a basis"
+        )
+    noise = [
+        sum((float(w) * z for w, z in zip(drawn, zs, strict=True) if w), torch.zeros_like(x))
+        for drawn, zs in zip(weights, numbers.draws[1:], strict=True)
+    ]
+    ours = ProbeNetwork(table)
+    end = table.evaluate(ours, x, noise)
+    tol = _ROUNDED_TOL if rounds else _EXACT_TOL
+    pairs = zip([*network.states[1:], result.double()], [*ours.states[1:], end], strict=True)
+    for row, (theirs, mine) in enumerate(pairs):
+        gap = float((theirs - mine).abs().max()) / max(1.0, float(theirs.abs().max()))
+        if not gap <= tol:
+            raise Refused(
+                f"{failed} takes another step {row} than its row (relative error {gap:.3g}): something "
+                "there is not linear or depends on the data"
+            )
+
+
+def warn_of_misses(table: SamplingTable) -> None:
+    """Warn where an imported table misses the marginals of its levels by more than float32 explains."""
+    try:
+        table.check(SELF_CHECK_TOL)
+    except ValueError as error:
+        warnings.warn(f"imported as it is, but by its own levels {error}", stacklevel=3)

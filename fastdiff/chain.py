@@ -1,0 +1,196 @@
+"""What one call of a sampler runs on: a table on its device, the buffers of a batch, one step of it.
+
+Between two evaluations of the network one operator runs, `reverse_step`, on buffers that are allocated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from fastdiff import ops
+from fastdiff.lanes import Lanes
+from fastdiff.nn import prediction_of
+from fastdiff.table import SamplingTable
+
+# how many normals are drawn in one pass where no compiled kernel draws them: enough that NumPy's calls cost
+# little per normal
+_NORMALS_AHEAD = 65536
+
+
+@dataclass
+class Batch:
+    """The buffers of one call: the state, the network's input and what says which lane is whose.
+
+    Attributes:
+        x: [num, ...] float32, the state.
+        registers: [K, num, ...] float32, or None where the table has none.
+        u, t: [lanes, ...] the network's input and its times; u is x itself where it takes the state as it is.
+        row: [num] int32, each sample's row of the table.
+        seed, sample_id: [num] int64, the noise's key.
+        lanes: which evaluation belongs to which sample.
+        cond: the network's arguments by lane.
+    """
+
+    x: torch.Tensor
+    registers: torch.Tensor | None
+    u: torch.Tensor
+    t: torch.Tensor
+    row: torch.Tensor
+    seed: torch.Tensor
+    sample_id: torch.Tensor
+    lanes: Lanes
+    cond: dict[str, torch.Tensor]
+
+
+class Program:
+    """A sampling table on its device, with what the host must know of its rows.
+
+    Args:
+        table: the sampler.
+        device: where it runs.
+        dtype: of the network's input.
+    """
+
+    def __init__(self, table: SamplingTable, device: torch.device, dtype: torch.dtype) -> None:
+        self.table = table
+        self.device = device
+        self.dtype = dtype
+        self._packed = table.pack(device)
+        self._whole_times = bool((table.t == table.t.round()).all())
+        self._reads_noise = (table.from_noise != 0).any(axis=1).tolist()
+        self._feeds_state = dtype == torch.float32 and bool((table.c_in == 1).all())
+
+    def start(
+        self, x: torch.Tensor, seed: torch.Tensor, ids: torch.Tensor, lanes: Lanes, cond: dict[str, Any]
+    ) -> Batch:
+        """The buffers of a batch at row 0 with the state x, in which it goes on."""
+        num, sample = x.shape[0], x.shape[1:]
+        own_input = lanes.guided or not self._feeds_state
+        u = torch.empty(len(lanes.order), *sample, dtype=self.dtype, device=self.device) if own_input else x
+        registers = self.table.registers
+        batch = Batch(
+            x=x,
+            registers=torch.zeros(registers, *x.shape, dtype=torch.float32, device=self.device)
+            if registers
+            else None,
+            u=u,
+            t=torch.zeros(
+                len(u), dtype=torch.int64 if self._whole_times else torch.float32, device=self.device
+            ),
+            row=self._packed.start(num),
+            seed=seed,
+            sample_id=ids,
+            lanes=lanes,
+            cond=cond,
+        )
+        self.feed(batch, 0)
+        return batch
+
+    def feed(self, batch: Batch, row: int) -> None:
+        """Make the input of a row from the state, where no step has: at the start, after an edit."""
+        if batch.u is batch.x or row >= self.table.num_rows:
+            return
+        num, c_in = batch.x.shape[0], float(self.table.c_in[row])
+        own, others = batch.u[:num], batch.u[num:]
+        if self.dtype == torch.float32:
+            torch.mul(batch.x, c_in, out=own)
+        else:
+            own.copy_(batch.x if c_in == 1 else c_in * batch.x)
+        torch.index_select(own, 0, batch.lanes.order[num:], out=others)
+
+    def step(
+        self, model: Callable[..., Any], batch: Batch, row: int, noise: torch.Tensor | None = None
+    ) -> None:
+        """One evaluation of the network and the fused update.
+
+        Raises:
+            ValueError: an output that does not fit the table, before the update.
+        """
+        batch.row.fill_(row)
+        batch.t.fill_(int(self.table.t[row]) if self._whole_times else float(self.table.t[row]))
+        out = prediction_of(model(batch.u, batch.t, **batch.cond))
+        self._check_output(out, batch.u.shape)
+        torch.ops.fastdiff.reverse_step_(
+            batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, self._packed.coef,
+            self._packed.plan, batch.row, batch.seed, batch.sample_id, batch.lanes.cond, batch.lanes.uncond,
+            batch.lanes.scale, noise,
+        )  # fmt: skip
+
+    def _check_output(self, out: torch.Tensor, given: torch.Size) -> None:
+        """The network's output against the table's contract."""
+        lanes, channels, *rest = given
+        wanted = (lanes, 2 * channels if self.table.learned else channels, *rest)
+        if out.shape == wanted and out.device == self.device and out.is_floating_point():
+            return
+        hint = ""
+        if tuple(out.shape) == (lanes, 2 * channels, *rest):
+            hint = '; 2C channels mean a learned variance: say variance="learned_range" (or "learned")'
+        elif self.table.learned and tuple(out.shape) == (lanes, channels, *rest):
+            hint = '; a learned variance needs 2C channels: say variance="fixed_small" (or "fixed_large")'
+        raise ValueError(
+            f"`model` must return {wanted} for `shape` {(channels, *rest)}, "
+            f"floating point on {self.device}, got {tuple(out.shape)} {out.dtype} on {out.device}{hint}"
+        )
+
+    def noise_rows(self, batch: Batch) -> Iterator[torch.Tensor | None]:
+        """Each row's noise where it pays to draw many rows in one pass, else None: the operator draws it.
+
+        It pays for a small state on a CPU without compiled kernels: many rows share NumPy's cost per call.
+        """
+        from fastdiff.kernels import cpu
+
+        num_rows, numel = self.table.num_rows, batch.x.numel()
+        ahead = _NORMALS_AHEAD // max(numel, 1)
+        row = 0
+        while row < num_rows:
+            if (
+                ahead < 2
+                or self.device.type != "cpu"
+                or cpu.library() is not None
+                or not any(self._reads_noise[row:])
+            ):
+                yield None
+                row += 1
+                continue
+            rows = torch.arange(row, min(row + ahead, num_rows))
+            draws = rows.repeat_interleave(batch.x.shape[0])
+            seeds, ids = batch.seed.repeat(len(rows)), batch.sample_id.repeat(len(rows))
+            yield from ops.normal(batch.x.shape[1:], seeds, ids, draws).view(len(rows), *batch.x.shape)
+            row += len(rows)
+
+
+# how many chains are in a model just now, and which of its modules were in training mode before the first
+_modes: WeakKeyDictionary[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = WeakKeyDictionary()
+_modes_lock = Lock()
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode while chains run, in however many threads; every module's flag is put back."""
+    if not isinstance(model, torch.nn.Module):
+        yield
+        return
+    with _modes_lock:
+        chains, training = _modes.get(model, (0, []))
+        if not chains:
+            training = [module for module in model.modules() if module.training]
+            for module in training:
+                module.training = False
+        _modes[model] = (chains + 1, training)
+    try:
+        yield
+    finally:
+        with _modes_lock:
+            chains, training = _modes[model]
+            _modes[model] = (chains - 1, training)
+            if chains == 1:
+                del _modes[model]
+                for module in training:
+                    module.training = True

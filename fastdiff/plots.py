@@ -1,0 +1,270 @@
+"""Pictures of schedules, levels and tables: what a sampler does, at a look. They need matplotlib."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdiff.files import atomic_path
+from fastdiff.levels import NoiseLevels
+from fastdiff.pictures import check_target
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.table import SamplingTable
+
+_SIGNAL, _NOISE, _THIRD, _GREY = "#1b4f8f", "#c8452f", "#3f7f3f", "#8a8a8a"
+_ANNOTATED = 26  # rows whose coefficients still fit into their cells as numbers
+
+
+def show_schedule(schedules: Mapping[str, NoiseSchedule], path: str | os.PathLike[str]) -> Path:
+    """Draw alpha_bar, log-SNR, alpha and sigma, and beta over t, for one schedule or several side by side.
+
+    Args:
+        schedules: name -> schedule.
+        path: file to write, `.png` and the like; its folder exists.
+    Returns:
+        The path written.
+    Raises:
+        ValueError: a path that cannot be written.
+        ImportError: matplotlib is not installed.
+    """
+    target = check_target(path)
+    figure = _figure(11, 7)
+    axes = figure.subplots(2, 2)
+    colours = (_SIGNAL, _NOISE, _THIRD, "#8f5aa8", "#c98a1b")
+    titles = (
+        "alpha_bar: the share of signal power",
+        "log-SNR = log(alpha² / sigma²)",
+        "alpha (line) and sigma (dashed)",
+        "beta: noise added by each step",
+    )
+    for axis, title in zip(axes.flat, titles, strict=True):
+        _style(axis, title, "t")
+    for i, (name, schedule) in enumerate(schedules.items()):
+        t, colour = schedule.timesteps, colours[i % len(colours)]
+        axes[0, 0].plot(t, schedule.alpha_bar, color=colour, label=name)
+        axes[0, 1].plot(t, _finite(2.0 * schedule.lam), color=colour)
+        axes[1, 0].plot(t, schedule.alpha, color=colour)
+        axes[1, 0].plot(t, schedule.sigma, color=colour, linestyle="--")
+        axes[1, 1].plot(t, schedule.betas, color=colour)
+    axes[1, 1].set_yscale("log")
+    axes[0, 1].axhline(0.0, color=_GREY, linewidth=0.8)
+    axes[0, 0].legend(frameon=False)
+    counts = ", ".join(f"{name} T={len(schedule)}" for name, schedule in schedules.items())
+    figure.suptitle(f"noise schedule: {counts}", x=0.02, ha="left", weight="bold")
+    return _save(figure, target)
+
+
+def show_levels(
+    levels: NoiseLevels, path: str | os.PathLike[str], schedule: NoiseSchedule | None = None
+) -> Path:
+    """Draw where a chain calls its network: sigma_ve, log-SNR, alpha and sigma, and t of every step.
+
+    Args:
+        levels: the path of a chain.
+        path: as for `show_schedule`.
+        schedule: what the network was trained on, drawn behind the levels; by default the levels' own.
+    Returns, Raises: as `show_schedule`.
+    """
+    target = check_target(path)
+    schedule = schedule or levels.schedule
+    figure = _figure(11, 7)
+    axes = figure.subplots(2, 2)
+    step = np.arange(len(levels))  # without the clean end, which has no logarithm
+    marks: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1}
+    _style(axes[0, 0], "sigma_ve = sigma / alpha, logarithmic", "step")
+    axes[0, 0].plot(step, _finite(levels.sigma_ve[:-1]), color=_NOISE, **marks)
+    axes[0, 0].set_yscale("log")
+    _style(axes[0, 1], "log-SNR: each step's length is what a solver feels", "step")
+    lam = np.array([level.lam for level in levels.levels[:-1]])
+    axes[0, 1].plot(step, _finite(2.0 * lam), color=_SIGNAL, **marks)
+    _style(axes[1, 0], "alpha (signal) and sigma (noise)", "step")
+    axes[1, 0].plot(np.arange(len(levels) + 1), levels.alpha, color=_SIGNAL, label="alpha", **marks)
+    axes[1, 0].plot(np.arange(len(levels) + 1), levels.sigma, color=_NOISE, label="sigma", **marks)
+    axes[1, 0].legend(frameon=False)
+    if schedule is None:
+        _style(axes[1, 1], "t: what the network is told", "step")
+        axes[1, 1].plot(step, levels.t[:-1], color=_THIRD, **marks)
+    else:
+        _style(axes[1, 1], "the steps on the schedule's log-SNR", "t")
+        axes[1, 1].plot(schedule.timesteps, _finite(2.0 * schedule.lam), color=_GREY, linewidth=1)
+        axes[1, 1].plot(levels.t[:-1], _finite(2.0 * lam), "o", color=_SIGNAL, markersize=4)
+    figure.suptitle(
+        f"noise levels: {len(levels)} steps, path {levels.path!r}", x=0.02, ha="left", weight="bold"
+    )
+    return _save(figure, target)
+
+
+def show_table(table: SamplingTable, path: str | os.PathLike[str]) -> Path:
+    """Draw a solver: its levels, what each next x is made of, and every coefficient of every row.
+
+    In the large panel a line is a row and a box an output: x0, the next x, the registers. A grey cell is a
+    term that is not there, which the kernel neither reads nor computes. Dotted lines end the steps of more
+    than one row.
+
+    Args:
+        table: a sampler.
+        path: as for `show_schedule`.
+    Returns, Raises: as `show_schedule`.
+    """
+    target = check_target(path)
+    groups = _groups(table)
+    cells = sum(max(len(names), 1) + 0.6 for _, names, _, _ in groups)
+    figure = _figure(4.5 + max(5.0, 0.55 * cells), max(7.0, min(2.5 + 0.26 * table.num_rows, 12.0)))
+    grid = figure.add_gridspec(2, 2, width_ratios=[4.0, max(5.0, 0.55 * cells)])
+    rows = np.arange(table.num_rows)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_snr = 2.0 * (np.log(table.alpha[:-1]) - np.log(table.sigma[:-1]))
+    dot = "." if table.num_rows <= 4 * _ANNOTATED else ""
+    levels = figure.add_subplot(grid[0, 0])
+    _style(levels, "log-SNR of the x that enters each row", "row")
+    levels.plot(rows, _finite(log_snr), color=_SIGNAL, linewidth=1)
+    inner = np.append(False, ~table.ends_step[:-1])
+    size = 4 if dot else 0
+    levels.plot(
+        rows[~inner], _finite(log_snr)[~inner], "o", color=_SIGNAL, markersize=size, label="a step starts"
+    )
+    if inner.any():
+        levels.plot(
+            rows[inner], _finite(log_snr)[inner], "o", color=_SIGNAL, markerfacecolor="white",
+            markersize=size, label="inner stage",
+        )  # fmt: skip
+        levels.legend(frameon=False)
+    made = figure.add_subplot(grid[1, 0])
+    _style(made, "what the next x is made of", "row")
+    history = np.abs(table.from_state[:, 0, 1:]).sum(axis=1)
+    for values, label, colour in (
+        (table.from_state[:, 0, 0], "x", _SIGNAL),
+        (table.from_x0[:, 0], "x0", _THIRD),
+        (table.from_out[:, 0], "out", "#c98a1b"),
+        (table.from_noise[:, 0], "fresh noise", _NOISE),
+        (history, "registers, |sum|", "#8f5aa8"),
+    ):
+        if values.any():
+            made.plot(rows, values, color=colour, label=label, marker=dot, markersize=5, linewidth=1)
+    made.axhline(0.0, color=_GREY, linewidth=0.8)
+    if np.abs(made.get_ylim()).max() > 4:
+        made.set_yscale("symlog", linthresh=1.0)
+    made.legend(frameon=False, fontsize=8)
+    _draw_coefficients(figure.add_subplot(grid[:, 1]), table, groups)
+    noise = "adds noise" if table.from_noise.any() else "deterministic"
+    clip = "no clip" if table.clip is None else f"x0 in [{table.clip[0]:g}, {table.clip[1]:g}]"
+    figure.suptitle(
+        f"{table.name}: {table.num_rows} evaluations, {int(table.ends_step.sum())} steps, "
+        f"{table.registers} register{'s' * (table.registers != 1)}, {noise}, {clip}",
+        x=0.02, ha="left", weight="bold",
+    )  # fmt: skip
+    return _save(figure, target)
+
+
+def _groups(table: SamplingTable) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
+    """Of each output: its name, the terms that any row has, their coefficients, rows that only keep it."""
+    state = ["x", *(f"r{k}" for k in range(1, table.registers + 1))]
+    x0 = np.stack([table.x0_from_x, table.x0_from_out], axis=1)
+    found = [("x0 =", ["x", "out"], x0, np.zeros(table.num_rows, bool))]
+    for j, name in enumerate(state):
+        parts = (table.from_x0, table.from_out, table.from_noise)
+        columns = np.column_stack([table.from_state[:, j], *(part[:, j] for part in parts)])
+        kept = np.array([j > 0 and bool((row == np.eye(columns.shape[1])[j]).all()) for row in columns])
+        found.append((f"{name}' =", [*state, "x0", "out", "z"], columns, kept))
+    shown = []
+    for title, names, columns, kept in found:
+        used = np.flatnonzero(columns.any(axis=0)).tolist()
+        shown.append((title, [names[i] for i in used], columns[:, used], kept))
+    return shown
+
+
+def _draw_coefficients(axis: Any, table: SamplingTable, groups: list[Any]) -> None:
+    """The rows as a map of colours; a coefficient 0 stays blank."""
+    places: list[float] = []
+    labels: list[str] = []
+    left, height = 0.0, table.num_rows
+    for title, names, columns, kept in groups:
+        width = max(len(names), 1)
+        shown = np.where((columns == 0) | kept[:, None], np.nan, np.arcsinh(columns))
+        axis.add_patch(_box(left, width, height))
+        if names:
+            axis.imshow(
+                shown, cmap="RdBu_r", vmin=-math.asinh(3), vmax=math.asinh(3), aspect="auto",
+                extent=(left, left + width, height - 0.5, -0.5), interpolation="nearest", zorder=2,
+            )  # fmt: skip
+        if height <= _ANNOTATED:
+            for (row, column), value in np.ndenumerate(columns):
+                if value != 0:
+                    colour = _GREY if kept[row] else "white" if abs(value) > 1.8 else "black"
+                    axis.text(
+                        left + column + 0.5, row, "kept" if kept[row] else _short(value), color=colour,
+                        ha="center", va="center", fontsize=6.5, zorder=3,
+                    )  # fmt: skip
+        axis.annotate(
+            title, (left + width / 2, -0.5), (0, 4), textcoords="offset points", ha="center", weight="bold"
+        )
+        places += [left + i + 0.5 for i in range(len(names))]
+        labels += names
+        left += width + 0.6
+    if not table.ends_step.all() and height <= 4 * _ANNOTATED:
+        for row in np.flatnonzero(table.ends_step)[:-1]:
+            axis.axhline(row + 0.5, color="black", linewidth=0.7, linestyle=":", zorder=4)
+    axis.set_xlim(-0.1, left - 0.5)
+    axis.set_ylim(height - 0.48, -0.52)
+    axis.set_xticks(places, labels, fontsize=8)
+    axis.tick_params(length=0)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylabel("row")
+    axis.set_title("every coefficient; grey: a term that is not there", fontsize=10, loc="left", pad=18)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if abs(value) < 99.5 else f"{value:.0f}"
+
+
+def _box(left: float, width: int, height: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(
+        (left, -0.5), width, height, facecolor="#dcdcdc", edgecolor=_GREY, linewidth=0.8, zorder=1
+    )
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Infinities, of alpha 0, as gaps."""
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _style(axis: Any, title: str, along: str) -> None:
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel(along)
+    axis.grid(color="#e4e4e4", linewidth=0.6)
+    axis.set_axisbelow(True)
+    if along != "t":
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib; install it with `pip install matplotlib` "
+            "or `pip install 'fastdiff-engine[bench]'`"
+        ) from error
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _save(figure: Any, target: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    with atomic_path(target) as temporary:
+        Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()).save(temporary)
+    return target

@@ -1,0 +1,66 @@
+"""What the command line's words stand for: schedules, levels and a solver's options by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastdiff.levels import NoiseLevels
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.spacing import space_timesteps
+
+SCHEDULES = ("linear", "cosine", "scaled_linear", "sigmoid")
+FORMULAS = ("karras", "exponential", "polyexponential", "vp", "flow")
+
+
+def schedule(name: str, timesteps: int, zero_snr: bool = False) -> NoiseSchedule:
+    """The schedule of a name with the constructor's own defaults, rescaled to end without signal if wanted.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"`--schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    made: NoiseSchedule = getattr(NoiseSchedule, name)(timesteps)
+    return made.rescale_zero_terminal_snr() if zero_snr else made
+
+
+def levels(kind: str, schedule: NoiseSchedule, steps: str, spacing: str) -> NoiseLevels:
+    """The levels of a chain: "schedule", at the schedule's own steps, or by a formula over its range.
+
+    Args:
+        steps: a number, or for "schedule" what `space_timesteps` takes.
+        spacing: of "schedule".
+    Raises:
+        ValueError: an unknown kind, or steps that it does not take.
+    """
+    if kind == "schedule":
+        wanted = int(steps) if steps.isdecimal() else steps
+        return NoiseLevels.from_schedule(schedule, space_timesteps(len(schedule), wanted, spacing=spacing))
+    if kind not in FORMULAS:
+        raise ValueError(f"`--levels` must be one of schedule, {', '.join(FORMULAS)}, got {kind!r}")
+    if not steps.isdecimal():
+        raise ValueError(f"`--steps` must be a number with `--levels {kind}`, got {steps!r}")
+    if kind == "flow":
+        return NoiseLevels.flow(int(steps))
+    made: NoiseLevels = getattr(NoiseLevels, kind)(int(steps), schedule=schedule)
+    return made
+
+
+def options(given: Sequence[str]) -> dict[str, Any]:
+    """`order=2`, `solver_type=heun` -> keyword arguments; values are JSON, else text.
+
+    Raises:
+        ValueError: no name, no equals sign or no value.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"`--option` must be name=value, such as order=2, got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

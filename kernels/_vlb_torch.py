@@ -1,0 +1,82 @@
+"""`vlb_terms` without Triton, in torch; and the constants of its formula, which stands in vlb.py."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from .exact import EXP_HI
+
+if TYPE_CHECKING:
+    from .vlb import Terms
+
+# columns of a row of `coef`; the gaps are ln s^2 less log_var_min and log_var_max
+X0_FROM_X, X0_FROM_OUT, CLIP_LO, CLIP_HI, MEAN_WEIGHT, GAP_AT_MIN, GAP_AT_MAX, WIDTH = *range(7), 8
+HALF_BIN, EDGE, LEAST = 1 / 255, 0.999, 1e-12
+SLOPE = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715 * SLOPE
+BITS = 1 / math.log(2)
+
+
+def few_samples(f: Terms) -> None:
+    """`vlb_terms_torch` of samples whose temporaries fit the memory."""
+    n = f.x0.shape[1]
+    row, first = rows(f)
+    prediction = f.out[:, :n].float()
+    raw = row[X0_FROM_OUT] * prediction + row[X0_FROM_X] * f.x_t.where(row[X0_FROM_X] != 0, 0)
+    error = f.x0 - raw.clamp(row[CLIP_LO], row[CLIP_HI])
+    gap = row[GAP_AT_MIN]
+    if f.out.shape[1] != n:
+        share = (f.out[:, n:].float() + 1.0) * 0.5
+        gap = share * row[GAP_AT_MAX] + (1.0 - share) * gap
+    gap = gap.clamp(max=EXP_HI).expand_as(error)
+    power, less = gap.exp(), gap.expm1()
+    m = row[MEAN_WEIGHT] * error
+    square = power * m.square()
+    term, by_gap, by_x0 = 0.5 * (less - gap + square), 0.5 * (less + square), -(power * m) * row[MEAN_WEIGHT]
+    if first.any():
+        at = first.squeeze(1)
+        found = _discretised(f.x0[at], error[at], gap[at], row[MEAN_WEIGHT][at])
+        for all_samples, these in zip((term, by_gap, by_x0), found, strict=True):
+            all_samples[at] = these
+    f.vlb.copy_(term.sum(1) * (BITS / n))
+    if f.grad_mean is not None:
+        passed = (raw >= row[CLIP_LO]) & (raw <= row[CLIP_HI])
+        f.grad_mean.copy_(by_x0.mul_(row[X0_FROM_OUT] * (BITS / n)).mul_(passed))
+    if f.grad_v is not None:
+        f.grad_v.copy_(by_gap.mul_((row[GAP_AT_MAX] - row[GAP_AT_MIN]) * (0.5 * BITS / n)))
+
+
+def _discretised(
+    x0: torch.Tensor, error: torch.Tensor, gap: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A term at t = 0 in nats, and its derivatives by gap and by x0_hat."""
+    k = weight * (0.5 * gap).exp()
+    a, b = k * (error + HALF_BIN), k * (error - HALF_BIN)
+    aa, bb = CUBIC * a.square(), CUBIC * b.square()
+    span = 2 * HALF_BIN * k
+    bend = CUBIC * k.square() * (3.0 * error.square() + HALF_BIN**2)
+    above, below = x0 > EDGE, x0 < -EDGE
+    p, q, y = a * (SLOPE + aa), b * (SLOPE + bb), span * (SLOPE + bend)
+    s_p, s_q = torch.sigmoid(-p).where(~above, 0.0), torch.sigmoid(q).where(~below, 0.0)
+    bounded = above | below
+    probability = torch.expm1(-y).neg().where(~bounded, 1.0)
+    probability *= torch.sigmoid(p).where(~above, 1.0) * torch.sigmoid(-q).where(~below, 1.0)
+    s_y = torch.expm1(y).reciprocal().where(~bounded, 0.0)
+    rise_p, rise_q = SLOPE + 3.0 * aa, SLOPE + 3.0 * bb
+    by_log_k = s_p * (a * rise_p) - s_q * (b * rise_q) + s_y * (span * (SLOPE + 3.0 * bend))
+    by_error = k * (s_p * rise_p - s_q * rise_q + s_y * (span * (6.0 * CUBIC * (k * error))))
+    least = probability < LEAST
+    return (
+        -probability.clamp(min=LEAST).log(),
+        (-0.5 * by_log_k).masked_fill(least, 0.0),
+        by_error.masked_fill(least, 0.0),
+    )
+
+
+def rows(f: Terms, dtype: torch.dtype = torch.float32) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Each sample's columns of `coef`, [B, 1], and whether it stands at t = 0."""
+    level = f.t.clamp(0, f.coef.shape[0] - 1)[:, None]
+    return f.coef.to(dtype)[level].unbind(2), level == 0
