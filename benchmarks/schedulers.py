@@ -19,7 +19,7 @@ _NEEDS_MORE = (
 
 
 def table() -> str:
-    """Markdown: every class that imports, with its rows for 10 steps and its registers; the others, with why."""
+    """Markdown: every class that imports, with its rows for 10 steps and registers; the rest, with why."""
     found = [report for report in survey() if _NEEDS_MORE not in (report.reason or "")]
     tables = [f"{r.name} ({r.rows} rows, K={r.registers})" for r in found if r.outcome == "imported"]
     refused = [f"| {r.name} | {_brief(r.reason)} |" for r in found if r.outcome != "imported"]

@@ -324,6 +324,8 @@ class Sampler:
         """The noise's key of each sample."""
         if isinstance(num, bool) or not hasattr(num, "__index__") or num < 0:
             raise ValueError(f"`num` must be a whole number of at least 0, got {num!r}")
+        if isinstance(sample_ids, torch.Tensor) and sample_ids.device.type == "cpu":
+            sample_ids = sample_ids.tolist()  # whose values are checked; on a device that would stop it
         return ops.noise_key(seed, num if sample_ids is None else sample_ids, num, self.device)
 
     def _own(self, x: torch.Tensor, name: str, num: int) -> torch.Tensor:

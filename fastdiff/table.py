@@ -256,12 +256,14 @@ class SamplingTable:
         half_log = 0.5 * (w * high + (1.0 - w) * low)
         return z * (half_log.exp() if isinstance(half_log, torch.Tensor) else np.exp(half_log))
 
-    def pack(self, device: Any = None) -> PackedTable:
-        """The table as the kernels read it, rounded to float32 once, on `device`."""
+    def pack(self, device: Any = None, registers: int | None = None) -> PackedTable:
+        """The table as the kernels read it, rounded to float32 once; K is padded to `registers`."""
         from fastdiff.kernels import layout
 
         columns = {name: getattr(self, name) for name in (*_HEAD, "from_state", *_BODY)}
-        return layout.pack(**columns, clip=self.clip, learned=self.learned, device=device)
+        return layout.pack(
+            **columns, clip=self.clip, registers=registers, learned=self.learned, device=device
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to `path` (safetensors, JSON for what is no array), bit for bit and atomically."""

@@ -15,6 +15,7 @@ need is not read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,15 @@ class PackedTable:
     def to(self, device: Any) -> PackedTable:
         """The same table on another device."""
         return PackedTable(self.coef.to(device), self.plan.to(device), self.registers, self.learned)
+
+
+def join(tables: Sequence[PackedTable]) -> PackedTable:
+    """Several packed tables of one K behind each other: one launch serves slots at rows of any of them.
+
+    Table i begins at the sum of the lengths, idle rows included, of those before it.
+    """
+    coef, plan = (torch.cat([getattr(table, name) for table in tables]) for name in ("coef", "plan"))
+    return PackedTable(coef, plan, tables[0].registers, any(table.learned for table in tables))
 
 
 def pack(

@@ -76,13 +76,8 @@ def chain_with_drawn_noise(table: SamplingTable, shape: tuple[int, ...]) -> None
 def run_mixed(tables: list[SamplingTable], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """One slot for each table, all in one launch per step; returns the start and the result."""
     most = max(table.registers for table in tables)
-    columns = ("t", "c_in", "x0_from_x", "x0_from_out", "log_var_min", "log_var_max", "from_state")
-    columns += ("from_x0", "from_out", "from_noise")
-    packed = [
-        layout.pack(**{name: getattr(table, name) for name in columns}, clip=table.clip, registers=most)
-        for table in tables
-    ]
-    arena = layout.PackedTable(torch.cat([p.coef for p in packed]), torch.cat([p.plan for p in packed]), most)
+    packed = [table.pack(registers=most) for table in tables]
+    arena = layout.join(packed)
     lengths = np.array([len(p.coef) for p in packed])
     first = torch.tensor(np.cumsum(lengths) - lengths, dtype=torch.int32)
     rows = torch.tensor([table.num_rows for table in tables], dtype=torch.int32)

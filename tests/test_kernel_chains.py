@@ -6,6 +6,7 @@ the coefficients'), carried to the end by the chain's derivatives.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -94,10 +95,8 @@ def run(batch: list[tuple[int, SamplingTable]], learned: bool = False) -> torch.
     """The chains of (slot, table), each with its own solver and guidance, in one batch."""
     slots, own = zip(*batch, strict=True)
     registers = max(table.registers for table in own)
-    packs = [packed(table, registers) for table in own]
-    arena = layout.PackedTable(
-        torch.cat([pack.coef for pack in packs]), torch.cat([pack.plan for pack in packs]), registers
-    )
+    packs = [table.pack(registers=registers) for table in own]
+    arena = replace(layout.join(packs), learned=learned)
     first = [0, *accumulate(len(pack.coef) for pack in packs)][:-1]
     last = torch.tensor([f + table.num_rows for f, table in zip(first, own, strict=True)], dtype=torch.int32)
     num = len(batch)
@@ -122,14 +121,6 @@ def run(batch: list[tuple[int, SamplingTable]], learned: bool = False) -> torch.
         fd.ops.advance(row, arena, t, last=last, cond_lane=cond_lane, uncond_lane=uncond_lane)
     assert torch.equal(row, last)
     return x
-
-
-def packed(table: SamplingTable, registers: int) -> layout.PackedTable:
-    columns = ("t", "c_in", "x0_from_x", "x0_from_out", "log_var_min", "log_var_max")
-    columns += ("from_state", "from_x0", "from_out", "from_noise")
-    return layout.pack(
-        **{name: getattr(table, name) for name in columns}, clip=table.clip, registers=registers
-    )
 
 
 def start(slots: list[int], own: tuple[SamplingTable, ...]) -> torch.Tensor:
