@@ -1,7 +1,4 @@
-"""The command line: `fastdiff sample`, `fastdiff train`, `fastdiff show`, `fastdiff doctor`.
-
-Torch is imported when a command runs, so that --help is quick.
-"""
+"""The command line: `fastdiff sample`, `fastdiff train`, `fastdiff show`, `fastdiff doctor`."""
 
 from __future__ import annotations
 
@@ -53,6 +50,7 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 _OPTIONS = {
+    "seed": "seed", "guidance": "guidance", "steps": "steps", "eta": "eta", "solver": "solver", "lr": "lr",
     "out_dir": "out", "path": "out", "source": "data", "name_or_path": "model", "name": "model",
     "guidance_scale": "guidance", "resume=True": "resume", "skip_bad=True": "skip-bad",
     "attention_levels": "attention", "channel_mult": "mult", "model_channels": "channels",
@@ -118,6 +116,8 @@ def sample(
     )
     labels = _labels(class_, num, getattr(sampler.model, "num_classes", 0))
     scale = guidance if guidance is not None else 1.0 if labels is None else 2.0
+    if not math.isfinite(scale):
+        raise ValueError(f"`guidance` must be a finite number, got {guidance}")
     if labels is None and scale != 1:
         raise ValueError(f"`guidance` is for networks with classes, this one has none, got {guidance}")
     started = time.perf_counter()

@@ -93,6 +93,36 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, argumen
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--device", "toaster"], "`--device` must be one of cpu"),
+        (["--out", "/proc/samples.png"], "`--out` must lie in a folder that can be written"),
+        (["--guidance", "nan"], "`--guidance`"),
+        (["--model", "nowhere"], "`--model`"),
+        (["--num", "2", "--steps", "2", "--seed", str(-(2**64))], "`--seed`"),
+    ],
+)
+def test_a_mistake_is_named_as_the_option(tmp_path, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    said = " ".join(run("sample", *arguments, code=2).split())
+    assert named in said
+
+
+def test_guidance_of_a_network_without_classes_is_refused(tmp_path):
+    import fastdiff as fd
+
+    net = fd.UNet(1, model_channels=8, channel_mult=(1,), num_res_blocks=1)
+    settings = {"schedule": fd.NoiseSchedule.cosine(50).to_config(), "shape": [1, 4, 4]}
+    net.save_pretrained(tmp_path / "net", diffusion=settings)
+    command = ["sample", "--model", str(tmp_path / "net"), "--num", "2", "--steps", "2"]
+    out = ["--out", str(tmp_path / "x.png")]
+    assert "`--guidance` is for networks with classes" in " ".join(
+        run(*command, "--guidance", "5", *out, code=2).split()
+    )
+    run(*command, *out)
+
+
 def test_training_leaves_a_model_that_samples(tmp_path):
     folder = tmp_path / "run"
     said = run("train", "--data", "digits", "--out", str(folder), "--steps", "3", *TINY)

@@ -214,7 +214,7 @@ def _digits() -> ImageData:
     except ImportError as error:
         raise ImportError(
             "the digits come with scikit-learn, which is not installed; install it with"
-            " `pip install 'fastdiff-engine[data]'` or `pip install scikit-learn`"
+            " `pip install scikit-learn`, or the extra `data`"
         ) from error
     digits = load_digits()
     data = _from_arrays(digits.images, digits.target, "digits", value_range=(0.0, 16.0))
