@@ -62,7 +62,7 @@ def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    with pytest.raises(ImportError, match=r"fastdiff-engine\[data\]"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn.*extra .data"):
         load_data("digits")
 
 
