@@ -28,7 +28,7 @@ def noise_key(
         ValueError: a seed outside 64 bits, an id outside 32 bits, or another number of them than `batch`.
         TypeError: something that is not whole numbers.
     """
-    if not isinstance(sample_ids, torch.Tensor | Sequence | range) and hasattr(sample_ids, "__index__"):
+    if not isinstance(sample_ids, torch.Tensor | Sequence) and hasattr(sample_ids, "__index__"):
         sample_ids = operator.index(sample_ids)
     if isinstance(sample_ids, int):
         if isinstance(sample_ids, bool) or sample_ids < 0:

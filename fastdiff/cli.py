@@ -62,8 +62,7 @@ def _as_options(message: str) -> str:
     """A library's message with its arguments in backticks named as the options that they come from."""
 
     def option(found: re.Match[str]) -> str:
-        name = found[1]
-        return f"`--{_OPTIONS.get(name, name).replace('_', '-')}`" if name in _OPTIONS else found[0]
+        return f"`--{_OPTIONS[found[1]]}`" if found[1] in _OPTIONS else found[0]
 
     return re.sub(r"`([a-z_=A-Z]+)`", option, message)
 
@@ -254,13 +253,11 @@ def train(
     """Train a U-Net on images, with checkpoints, sample grids and a loss curve."""
     import torch
 
+    from fastdiff import words
     from fastdiff.nn import UNet
-    from fastdiff.schedule import NoiseSchedule
     from fastdiff.train import Objective, TrainConfig, Trainer, load_data
 
-    schedules = ("cosine", "linear", "scaled_linear", "sigmoid")
-    if schedule not in schedules:
-        raise ValueError(f"`--schedule` must be one of {', '.join(schedules)}, got {schedule!r}")
+    noise_schedule = words.schedule(schedule, timesteps)
     dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
     if dtype not in dtypes:
         raise ValueError(f"`--dtype` must be one of {', '.join(dtypes)}, got {dtype!r}")
@@ -282,7 +279,7 @@ def train(
         dropout=dropout,
         num_classes=images.num_classes or 0,
     ).to(_device(device))
-    objective = Objective(getattr(NoiseSchedule, schedule)(timesteps), prediction=prediction, loss=loss)
+    objective = Objective(noise_schedule, prediction=prediction, loss=loss)
     typer.echo(
         f"{len(images)} images of {'x'.join(map(str, images.shape))}, {network.num_parameters:,} parameters"
     )

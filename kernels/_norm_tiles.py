@@ -16,6 +16,12 @@ _SMALL = 4096  # a group of this size is read once, however few there are
 _TILE, _CHANNELS_LAST = 1024, 64  # elements of a tile; the channels of one in channels_last memory
 
 
+def sizes(x: torch.Tensor, last: bool) -> tuple[int, int, int]:
+    """B, C, N of [B, C, N], or of [B, N, C] where channels come last."""
+    batch, rows, columns = x.shape
+    return (batch, columns, rows) if last else (batch, rows, columns)
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is not below n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -29,14 +29,7 @@ from typing import Any
 import torch
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "group_norm.cpp"))
-_FUNCTIONS = (
-    "fd_normal",
-    "fd_q_sample",
-    "fd_denoising_loss",
-    "fd_reverse_step",
-    "fd_group_norm",
-    "fd_group_norm_backward",
-)
+_OPS = ("normal", "q_sample", "denoising_loss", "reverse_step", "group_norm", "group_norm_backward")
 # exact arithmetic first
 _EXACT = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # then the widest vectors that the machine has (512 bits: 1.3x over the compiler's own choice on an AVX-512
@@ -94,7 +87,10 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 def _compiler() -> list[str] | None:
     """The command that compiles C++, or None."""
     if chosen := os.environ.get("CXX"):
-        return shlex.split(chosen) if chosen.count('"') % 2 == chosen.count("'") % 2 == 0 else [chosen]
+        try:
+            return shlex.split(chosen)
+        except ValueError:  # an open quotation mark: one word, which then fails with its name
+            return [chosen]
     found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
     return [found] if found else None
 
@@ -114,13 +110,15 @@ def _load() -> None:
         if not _intact(path):
             _build(compiler, path)
         loaded = ctypes.CDLL(str(path))
-        os.utime(path)
-        for name in _FUNCTIONS:
-            getattr(loaded, name).restype = None
+        for name in _OPS:
+            getattr(loaded, f"fd_{name}").restype = None
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         _log.warning("fastdiff's CPU kernels could not be built, NumPy is used instead: %s", error)
         return
     _library = loaded
+    with contextlib.suppress(OSError):  # a cache that is only read from is never swept either
+        for used in (path, _digest_file(path)):
+            os.utime(used)
 
 
 def _intact(path: Path) -> bool:

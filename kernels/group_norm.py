@@ -57,8 +57,7 @@ class Norm(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """B, C, N."""
-        batch, rows, columns = self.x.shape
-        return (batch, columns, rows) if self.last else (batch, rows, columns)
+        return cut.sizes(self.x, self.last)
 
 
 @jit

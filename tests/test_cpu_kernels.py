@@ -222,3 +222,25 @@ def test_an_output_that_is_the_state_is_read_before_it_is_overwritten() -> None:
 
     library()
     assert_same_bits(chain(lambda x, t: x), chain(lambda x, t: x.clone()))
+
+
+def test_a_cache_that_is_only_read_from_is_used(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setenv("FASTDIFF_CACHE", str(built))
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cpu.library(wait=True) is not None
+    assert not caplog.records
+
+
+def test_a_library_in_use_keeps_its_digest_from_the_sweep(fresh: Path) -> None:
+    assert cpu.library(wait=True) is not None
+    kept = sorted(fresh.iterdir())
+    for path in kept:
+        os.utime(path, (0, 0))
+    cpu._load()
+    cpu._sweep(fresh)
+    assert sorted(fresh.iterdir()) == kept
