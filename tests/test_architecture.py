@@ -24,7 +24,7 @@ LAYERS = {
     3: "_dispatch _norm ops nn",
     4: "editing lanes chain sampler graph train likelihood",
     5: "engine generate adapters",
-    6: "cli __main__ doctor",
+    6: "cli __main__",
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms.split()}
 LINES = 400
