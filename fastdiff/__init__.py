@@ -19,6 +19,7 @@ if _find_spec("fastdiff.kernels") is None:
     )
 
 from fastdiff import adapters, ops
+from fastdiff.clip import DynamicThreshold
 from fastdiff.editing import slerp
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import EMA, UNet
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "RNG_VERSION",
+    "DynamicThreshold",
     "Moment",
     "NoiseLevels",
     "NoiseSchedule",

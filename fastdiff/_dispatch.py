@@ -38,7 +38,12 @@ _library.define(
 _library.define(
     "reverse_step_(Tensor(a!) x, Tensor(b!)? registers, Tensor out, Tensor(c!)? u, Tensor coef, Tensor plan, "
     "Tensor row, Tensor seed, Tensor sample_id, Tensor? cond_lane, Tensor? uncond_lane, "
-    "Tensor? guidance_scale, Tensor? noise) -> ()"
+    "Tensor? guidance_scale, Tensor? noise, Tensor? x0_scale, Tensor? known, Tensor? mask, "
+    "Tensor(d!)? preview) -> ()"
+)
+_library.define(
+    "threshold_(Tensor(a!) x0_scale, Tensor x, Tensor out, Tensor coef, Tensor plan, Tensor row, "
+    "Tensor? cond_lane, Tensor? uncond_lane, Tensor? guidance_scale) -> ()"
 )
 _library.define(
     "advance_(Tensor(a!) row, Tensor coef, Tensor(b!) t, Tensor? last, Tensor? cond_lane, "
@@ -245,10 +250,20 @@ def _reverse_step(
 ) -> None:
     from fastdiff.kernels.reverse_step import Step
 
-    *small, noise = rest
+    *small, noise, x0_scale, known, mask, preview = rest
     state = (_flat(x), _flat(registers, 2), _flat(_dense(out)), _flat(u))
-    operands = Step._make((*state, *map(_dense, small), _flat(_dense(noise))))
-    _run("reverse_step", x.device, operands)
+    bits = mask if mask is None or mask.dtype == torch.uint8 else mask.view(torch.uint8)
+    image = (_flat(_dense(a)) for a in (known, bits))
+    operands = (*state, *map(_dense, small), _flat(_dense(noise)), _dense(x0_scale), *image, _flat(preview))
+    _run("reverse_step", x.device, Step._make(operands))
+
+
+def _threshold(x0_scale: torch.Tensor, x: torch.Tensor, out: torch.Tensor, *small: Any) -> None:
+    from fastdiff.kernels.threshold import BINS, PASSES, Threshold
+
+    counts = torch.empty(x.shape[0], PASSES + 1, BINS, dtype=torch.int32, device=x.device)
+    operands = (x0_scale, counts, _flat(_dense(x)), _flat(_dense(out)), *map(_dense, small))
+    _run("threshold", x.device, Threshold._make(operands))
 
 
 def _advance(
@@ -271,6 +286,7 @@ _register("q_sample", _q_sample, _q_sample_fake)
 _register("denoising_loss", _denoising_loss, _denoising_loss_fake)
 _register("vlb_terms", _vlb_terms, _vlb_terms_fake)
 _register("reverse_step_", _reverse_step, lambda *operands: None)
+_register("threshold_", _threshold, lambda *operands: None)
 _register("advance_", _advance, lambda *operands: None)
 for _name, _backward, _setup in (
     ("q_sample", _q_sample_backward, _q_sample_setup),

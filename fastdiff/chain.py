@@ -5,7 +5,7 @@ Between two evaluations of the network one operator runs, `reverse_step`, on buf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fastdiff import ops
+from fastdiff.editing import Ending
 from fastdiff.lanes import Lanes
 from fastdiff.nn import prediction_of
 from fastdiff.table import SamplingTable
@@ -36,6 +37,9 @@ class Batch:
         seed, sample_id: [num] int64, the noise's key.
         lanes: which evaluation belongs to which sample.
         cond: the network's arguments by lane.
+        known, mask: [num, ...] the part of an image that is kept (bool mask), or None.
+        x0: [num, ...] float32, the network's x0 of the last row, or None where nobody looks at it.
+        x0_scale: [num] float32 of dynamic thresholding, or None without it.
     """
 
     x: torch.Tensor
@@ -47,6 +51,10 @@ class Batch:
     sample_id: torch.Tensor
     lanes: Lanes
     cond: dict[str, torch.Tensor]
+    known: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+    x0_scale: torch.Tensor | None = None
 
 
 class Program:
@@ -56,21 +64,40 @@ class Program:
         table: the sampler.
         device: where it runs.
         dtype: of the network's input.
+        endings: of its rows, for chains that keep a part of an image (editing.py).
     """
 
-    def __init__(self, table: SamplingTable, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        table: SamplingTable,
+        device: torch.device,
+        dtype: torch.dtype,
+        endings: Mapping[int, Ending] | None = None,
+    ) -> None:
         self.table = table
         self.device = device
         self.dtype = dtype
-        self._packed = table.pack(device)
+        self._packed = table.pack(device, endings=endings)
         self._whole_times = bool((table.t == table.t.round()).all())
         self._reads_noise = (table.from_noise != 0).any(axis=1).tolist()
         self._feeds_state = dtype == torch.float32 and bool((table.c_in == 1).all())
 
     def start(
-        self, x: torch.Tensor, seed: torch.Tensor, ids: torch.Tensor, lanes: Lanes, cond: dict[str, Any]
+        self,
+        x: torch.Tensor,
+        seed: torch.Tensor,
+        ids: torch.Tensor,
+        lanes: Lanes,
+        cond: dict[str, Any],
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
+        preview: bool = False,
     ) -> Batch:
-        """The buffers of a batch at row 0 with the state x, in which it goes on."""
+        """The buffers of a batch at row 0 with the state x, in which it goes on.
+
+        Args:
+            known: the image of which a part is kept, and the mask.
+            preview: whether each row leaves its x0 in the batch.
+        """
         num, sample = x.shape[0], x.shape[1:]
         own_input = lanes.guided or not self._feeds_state
         u = torch.empty(len(lanes.order), *sample, dtype=self.dtype, device=self.device) if own_input else x
@@ -89,15 +116,19 @@ class Program:
             sample_id=ids,
             lanes=lanes,
             cond=cond,
+            known=known[0] if known else None,
+            mask=known[1] if known else None,
+            x0=torch.empty_like(x) if preview else None,
+            x0_scale=x.new_ones(num) if self._packed.threshold else None,
         )
-        self.feed(batch, 0)
+        self._feed(batch)
         return batch
 
-    def feed(self, batch: Batch, row: int) -> None:
-        """Make the input of a row from the state, where no step has: at the start, after an edit."""
-        if batch.u is batch.x or row >= self.table.num_rows:
+    def _feed(self, batch: Batch) -> None:
+        """Make the first row's input from the state; later ones come from the step before."""
+        if batch.u is batch.x:
             return
-        num, c_in = batch.x.shape[0], float(self.table.c_in[row])
+        num, c_in = batch.x.shape[0], float(self.table.c_in[0])
         own, others = batch.u[:num], batch.u[num:]
         if self.dtype == torch.float32:
             torch.mul(batch.x, c_in, out=own)
@@ -117,10 +148,13 @@ class Program:
         batch.t.fill_(int(self.table.t[row]) if self._whole_times else float(self.table.t[row]))
         out = prediction_of(model(batch.u, batch.t, **batch.cond))
         self._check_output(out, batch.u.shape)
+        rows = (self._packed.coef, self._packed.plan, batch.row)
+        lanes = (batch.lanes.cond, batch.lanes.uncond, batch.lanes.scale)
+        if batch.x0_scale is not None:
+            torch.ops.fastdiff.threshold_(batch.x0_scale, batch.x, out, *rows, *lanes)
         torch.ops.fastdiff.reverse_step_(
-            batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, self._packed.coef,
-            self._packed.plan, batch.row, batch.seed, batch.sample_id, batch.lanes.cond, batch.lanes.uncond,
-            batch.lanes.scale, noise,
+            batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, *rows, batch.seed,
+            batch.sample_id, *lanes, noise, batch.x0_scale, batch.known, batch.mask, batch.x0,
         )  # fmt: skip
 
     def _check_output(self, out: torch.Tensor, given: torch.Size) -> None:

@@ -11,19 +11,17 @@ registers carry something over its start, it cannot be repeated, left out or sol
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fastdiff import ops
 from fastdiff.levels import Level, NoiseLevels
 from fastdiff.solvers.forms import OUT, X0, Form, Register, Row, X, assemble
 from fastdiff.table import SamplingTable
 
-DOMAIN_EDIT = 3  # of the noise that known pixels get, beside 0 (start), 1 (steps) and 2 (training)
 _HEAD = ("t", "c_in", "x0_from_x", "x0_from_out", "log_var_min", "log_var_max")
 _ROWS = (*_HEAD, "from_state", "from_x0", "from_out", "from_noise", "ends_step")
 
@@ -58,9 +56,11 @@ def last_steps(table: SamplingTable, steps: int) -> SamplingTable | None:
 
 
 class Ending(NamedTuple):
-    """What happens to the state after a row that ends a step: z is the same noise on both sides.
+    """What happens to the state after a row that ends a step, as a packed table has it.
 
-    known pixels:  x = alpha known + sigma z,   others:  x = ratio x + std z
+    known pixels:  x = alpha known + sigma y,   others:  x = ratio x + std y
+
+    y is noise of its own, the same on both sides: normal(seed, sample_id, row, element) in domain 3.
     """
 
     alpha: float
@@ -110,46 +110,24 @@ def repeated(table: SamplingTable, times: int) -> tuple[SamplingTable, dict[int,
     return replace(table, **columns, **ends, exempt=("mean", "noise")), endings
 
 
-class Known:
-    """The part of an image that a chain must keep, by samples.
+def known_part(
+    known: torch.Tensor, mask: torch.Tensor, state: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of an image that a chain must keep, as the step reads it: float32 and bool, both of `state`.
 
     Args:
         known: what broadcasts to [num, *shape].
         mask: the same, 1 or True where it is known (numbers: from 0.5 up).
-        endings: of `repeated`.
         state: (num, *shape).
-        seed, ids: [num] the samples' noise keys; the noise here is their own, of domain 3.
     Raises:
-        ValueError, TypeError: shapes that do not broadcast; something that is no tensor or array.
+        ValueError: shapes that do not broadcast.
     Source: Lugmayr et al. 2022 (arXiv 2201.09865), eq. 8.
     """
-
-    def __init__(
-        self,
-        known: torch.Tensor,
-        mask: torch.Tensor,
-        endings: Mapping[int, Ending],
-        state: Sequence[int],
-        seed: torch.Tensor,
-        ids: torch.Tensor,
-    ) -> None:
-        self.known = image("known", known, state, ids.device)
-        chosen = torch.as_tensor(mask)
-        _require_broadcast("mask", chosen, state)
-        self.mask = (chosen if chosen.dtype == torch.bool else chosen >= 0.5).to(ids.device)
-        self.endings = endings
-        self._seed, self._ids = seed, ids
-
-    def keep(self, x: torch.Tensor, row: int) -> None:
-        """Put the known part, noised to the level that follows `row`, into the state x, in place."""
-        ending = self.endings[row]
-        known, free = ending.alpha * self.known, x
-        if ending.sigma or ending.std:
-            z = ops.normal(x.shape[1:], self._seed, self._ids, draw=row, domain=DOMAIN_EDIT)
-            known = known + ending.sigma * z
-            if ending.std:
-                free = ending.ratio * x + ending.std * z
-        x.copy_(torch.where(self.mask, known, free))
+    chosen = torch.as_tensor(mask)
+    _require_broadcast("mask", chosen, state)
+    chosen = chosen if chosen.dtype == torch.bool else chosen >= 0.5
+    kept = image("known", known, state, device)
+    return kept.contiguous(), chosen.to(device).expand(*state).contiguous()
 
 
 def image(name: str, value: torch.Tensor, state: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdiff.clip import described
 from fastdiff.files import atomic_path
 from fastdiff.levels import NoiseLevels
 from fastdiff.pictures import check_target
@@ -152,10 +153,9 @@ def show_table(table: SamplingTable, path: str | os.PathLike[str]) -> Path:
     made.legend(frameon=False, fontsize=8)
     _draw_coefficients(figure.add_subplot(grid[:, 1]), table, groups)
     noise = "adds noise" if table.from_noise.any() else "deterministic"
-    clip = "no clip" if table.clip is None else f"x0 in [{table.clip[0]:g}, {table.clip[1]:g}]"
     figure.suptitle(
         f"{table.name}: {table.num_rows} evaluations, {int(table.ends_step.sum())} steps, "
-        f"{table.registers} register{'s' * (table.registers != 1)}, {noise}, {clip}",
+        f"{table.registers} register{'s' * (table.registers != 1)}, {noise}, {described(table.clip)}",
         x=0.02, ha="left", weight="bold",
     )  # fmt: skip
     return _save(figure, target)

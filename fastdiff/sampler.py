@@ -16,6 +16,7 @@ import torch
 
 from fastdiff import editing, ops
 from fastdiff.chain import Batch, Program, evaluating
+from fastdiff.clip import Clip, clip_of
 from fastdiff.lanes import Condition, Lanes, conditions, has_null_class
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import UNet, load_config
@@ -27,6 +28,7 @@ from fastdiff.table import SamplingTable
 Seeds = int | Sequence[int] | torch.Tensor
 Guidance = float | Sequence[float] | torch.Tensor
 _Edited = tuple[SamplingTable, Mapping[int, editing.Ending]]
+_Known = tuple[torch.Tensor, torch.Tensor] | None
 _KEPT_PROGRAMS = 16  # of edited tables: strengths, resamplings and inversions in use
 
 
@@ -40,12 +42,15 @@ class Moment:
         t: the network's time in that row.
         x: [B, ...] float32, the state after it. The chain goes on in this tensor: clone what you keep, and
             do not write to it.
+        x0: [B, ...] float32, the clean sample that the network saw in that row: a preview. Overwritten by
+            the next row as well.
     """
 
     row: int
     num_rows: int
     t: float
     x: torch.Tensor
+    x0: torch.Tensor
 
 
 class Sampler:
@@ -60,7 +65,7 @@ class Sampler:
             all of the schedule's.
         prediction: what the network predicts: "eps", "x0", "v", ...
         variance: "fixed_small", "fixed_large", "learned", "learned_range".
-        clip: the range of x0, or None.
+        clip: the range of x0, an `fd.DynamicThreshold`, or None.
         shape: shape of one sample, e.g. (3, 32, 32).
         device: where the chain runs; the model's device by default.
         dtype: dtype of the network's input; the model's by default. The model is never cast, the state is
@@ -82,7 +87,7 @@ class Sampler:
         steps: int | str | None = 50,
         prediction: str = "eps",
         variance: str = "fixed_small",
-        clip: tuple[float, float] | None = (-1.0, 1.0),
+        clip: Clip = (-1.0, 1.0),
         shape: Sequence[int],
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -129,7 +134,7 @@ class Sampler:
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"`dtype` must be a floating torch.dtype, got {self.dtype!r}")
         self._program = Program(table, self.device, self.dtype)
-        self._edits: dict[tuple[Any, int], tuple[Program, Mapping[int, editing.Ending]]] = {}
+        self._edits: dict[tuple[Any, ...], Program] = {}
 
     @classmethod
     def from_pretrained(
@@ -153,8 +158,8 @@ class Sampler:
                 f"with UNet.from_pretrained and use Sampler()"
             )
         settings["schedule"] = NoiseSchedule.from_config(settings["schedule"])
-        if settings.get("clip") is not None:
-            settings["clip"] = tuple(settings["clip"])
+        if "clip" in settings:
+            settings["clip"] = clip_of(settings["clip"])
         model = UNet.from_pretrained(name).to(device=device, dtype=dtype).eval()
         if "table" in overrides:
             settings = {"shape": settings["shape"]}
@@ -223,7 +228,7 @@ class Sampler:
         if known is None and resample != 1:
             raise ValueError(f"`resample` needs `known` and `mask`, got {resample} without them")
         edited = strength is not None or known is not None
-        program, endings = self._edit(strength, resample) if edited else (self._program, {})
+        program = self._edit(strength, resample) if edited else self._program
         key, ids = self._key(num, seed, sample_ids)
         state = (num, *self.shape)
         if x_T is not None:
@@ -237,11 +242,12 @@ class Sampler:
                 x.add_(float(program.table.alpha[0]) * editing.image("init", init, state, self.device))
         part = None
         if known is not None and mask is not None:
-            part = editing.Known(known, mask, endings, state, key, ids)
+            part = editing.known_part(known, mask, state, self.device)
         if noise is not None:
             _require_shape("noise", noise, (program.table.num_rows, *state), "[rows, num, *shape]")
-        batch = self._start(program, x, key, ids, cond or {}, uncond, guidance_scale)
-        return self._run(program, batch, noise, part, progress, callback, trajectory)
+        given = (cond or {}, uncond, guidance_scale)
+        batch = self._start(program, x, key, ids, *given, part, callback is not None)
+        return self._run(program, batch, noise, progress, callback, trajectory)
 
     def invert(
         self,
@@ -272,16 +278,15 @@ class Sampler:
         Raises:
             ValueError: a solver that adds noise or remembers earlier steps; arguments that do not fit.
         """
-        program, _ = self._kept(
-            ("inverted", iterations), lambda: (editing.inverted(self.table, iterations), {})
-        )
+        program = self._kept(("inverted", iterations), lambda: (editing.inverted(self.table, iterations), {}))
         num = len(x)
         key, ids = self._key(num, 0, None)  # no row draws
-        batch = self._start(program, self._own(x, "x", num), key, ids, cond or {}, uncond, guidance_scale)
-        return self._run(program, batch, None, None, progress, callback, trajectory)
+        given = (cond or {}, uncond, guidance_scale)
+        batch = self._start(program, self._own(x, "x", num), key, ids, *given, None, callback is not None)
+        return self._run(program, batch, None, progress, callback, trajectory)
 
-    def _edit(self, strength: float | None, resample: int) -> tuple[Program, Mapping[int, editing.Ending]]:
-        """The program of a call, and what follows the steps of its table where a part is known."""
+    def _edit(self, strength: float | None, resample: int) -> Program:
+        """The program of a call that starts from an image or keeps a part of one."""
         steps = all_steps = len(editing.steps_of(self.table))
         if strength is not None:
             if not 0.0 < strength <= 1.0:
@@ -302,14 +307,12 @@ class Sampler:
 
         return self._kept((steps, resample), make)
 
-    def _kept(
-        self, key: tuple[Any, int], make: Callable[[], _Edited]
-    ) -> tuple[Program, Mapping[int, editing.Ending]]:
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], _Edited]) -> Program:
         """The program of an edited table, made when it is first used."""
         found = self._edits.get(key)
         if found is None:
             table, endings = make()
-            found = Program(table, self.device, self.dtype), endings
+            found = Program(table, self.device, self.dtype, endings)
             if len(self._edits) >= _KEPT_PROGRAMS:
                 self._edits.clear()
             self._edits[key] = found
@@ -342,6 +345,8 @@ class Sampler:
         cond: Condition,
         uncond: Condition | None,
         guidance_scale: Guidance,
+        known: _Known,
+        preview: bool,
     ) -> Batch:
         """Check what the network is to be given, and allocate the buffers."""
         num = len(x)
@@ -356,14 +361,13 @@ class Sampler:
                 )
             uncond = {"labels": -1}
         kwargs = conditions(self.model, cond, uncond if lanes.guided else None, num, lanes.order, self.device)
-        return program.start(x, key, ids, lanes, kwargs)
+        return program.start(x, key, ids, lanes, kwargs, known, preview)
 
     def _run(
         self,
         program: Program,
         batch: Batch,
         noise: torch.Tensor | None,
-        known: editing.Known | None,
         progress: bool,
         callback: Callable[[Moment], object] | None,
         trajectory: bool,
@@ -380,14 +384,11 @@ class Sampler:
         with evaluating(self.model), torch.inference_mode():
             for row in rows:
                 program.step(self.model, batch, row, next(drawn))
-                if known is not None and row in known.endings:
-                    known.keep(batch.x, row)
-                    program.feed(batch, row + 1)
                 if table.ends_step[row]:
                     if trajectory:
                         states.append(batch.x.clone())
-                    if callback is not None:
-                        callback(Moment(row, table.num_rows, float(table.t[row]), batch.x))
+                    if callback is not None and batch.x0 is not None:
+                        callback(Moment(row, table.num_rows, float(table.t[row]), batch.x, batch.x0))
         return (batch.x, torch.stack(states)) if trajectory else batch.x
 
 

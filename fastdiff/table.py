@@ -1,7 +1,7 @@
 """The sampling table: a whole sampler as numbers, one row for each evaluation of the network.
 
     u    = c_in x                                  the network's input, at time t
-    x0   = clip(x0_from_x x + x0_from_out out)
+    x0   = clip(x0_from_x x + x0_from_out out)                                                    (clip.py)
     s'_j = sum_k from_state[j, k] s_k + from_x0[j] x0 + from_out[j] out + from_noise[j] f z,   j = 0..K
 
 s = (x, r_1, ..., r_K): the sample and K registers, which start at 0; z ~ N(0, I); f is 1, or with a learned
@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from dataclasses import replace as _replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
+from fastdiff.clip import Clip, DynamicThreshold, clip_of, clipped
 from fastdiff.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from fastdiff.kernels.layout import PackedTable
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
-Clip = tuple[float, float] | None
 
 _HEAD = ("t", "c_in", "x0_from_x", "x0_from_out", "log_var_min", "log_var_max")
 _BODY = ("from_x0", "from_out", "from_noise")
@@ -48,7 +48,7 @@ class SamplingTable:
         alpha, sigma: [rows+1] the marginal of the sample entering each row, and of the result.
         ends_step: [rows] bool, False for the inner stages of a step.
         init_scale: x_T = init_scale * z.
-        clip: range (lo, hi) of x0, or None.
+        clip: range (lo, hi) of x0, a `DynamicThreshold`, or None.
         name: the solver's.
         learned: whether the network's output has 2C channels, the second half for its variance.
         exempt: moments that the self-check does not demand, of "mean" and "noise".
@@ -92,8 +92,7 @@ class SamplingTable:
             object.__setattr__(self, name, array)
         if not 0 < self.init_scale < np.inf:
             raise ValueError(f"`init_scale` must be positive and finite, got {self.init_scale}")
-        if self.clip is not None:
-            object.__setattr__(self, "clip", _range(self.clip))
+        object.__setattr__(self, "clip", clip_of(self.clip))
         if not set(self.exempt) <= {"mean", "noise"}:
             raise ValueError(f"`exempt` may hold 'mean' and 'noise', got {self.exempt}")
 
@@ -206,7 +205,7 @@ class SamplingTable:
         Raises:
             ValueError: noise is missing or of another shape, or the output's shape is not the table's.
         """
-        limits = self.clip if clip is None else _range(clip)
+        limits = self.clip if clip is None else clip_of(clip)
         x = x.double() if isinstance(x, torch.Tensor) else np.asarray(x, np.float64)
         state = [x] + [_zeros(x)] * self.registers
         for row in range(self.num_rows):
@@ -217,7 +216,7 @@ class SamplingTable:
             x0 = None
             if self.from_x0[row].any():
                 x0 = _sum(x, (self.x0_from_x[row], x), (self.x0_from_out[row], out))
-                x0 = x0 if limits is None else x0.clip(*limits)
+                x0 = clipped(x0, limits)
             z = self._noise(row, x, noise, v) if self.from_noise[row].any() else None
             state = [
                 _sum(
@@ -256,19 +255,39 @@ class SamplingTable:
         half_log = 0.5 * (w * high + (1.0 - w) * low)
         return z * (half_log.exp() if isinstance(half_log, torch.Tensor) else np.exp(half_log))
 
-    def pack(self, device: Any = None, registers: int | None = None) -> PackedTable:
-        """The table as the kernels read it, rounded to float32 once; K is padded to `registers`."""
+    def pack(
+        self,
+        device: Any = None,
+        registers: int | None = None,
+        endings: Mapping[int, tuple[float, float, float, float]] | None = None,
+    ) -> PackedTable:
+        """The table as the kernels read it, rounded to float32 once; K is padded to `registers`.
+
+        Args:
+            endings: row -> what happens after it where a part of the image is known (fastdiff/editing.py).
+        """
         from fastdiff.kernels import layout
 
         columns = {name: getattr(self, name) for name in (*_HEAD, "from_state", *_BODY)}
+        clip, threshold = self.clip, None
+        if isinstance(clip, DynamicThreshold):
+            threshold, clip = (clip.quantile, clip.largest), None
         return layout.pack(
-            **columns, clip=self.clip, registers=registers, learned=self.learned, device=device
+            **columns,
+            clip=clip,
+            threshold=threshold,
+            endings=endings,
+            registers=registers,
+            learned=self.learned,
+            device=device,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to `path` (safetensors, JSON for what is no array), bit for bit and atomically."""
         tensors = {name: torch.tensor(getattr(self, name)) for name in _ARRAYS}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
+        if isinstance(self.clip, DynamicThreshold):
+            rest["clip"] = asdict(self.clip)
         save_tensors(path, tensors, {"format": _FORMAT, "table": json.dumps(rest)})
 
     @classmethod
@@ -289,7 +308,7 @@ class SamplingTable:
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         try:
             rest = json.loads(metadata["table"])
-            rest["clip"] = None if rest["clip"] is None else tuple(rest["clip"])
+            rest["clip"] = clip_of(rest["clip"])
             rest["exempt"] = tuple(rest["exempt"])
             return cls(**arrays, **rest)
         except (KeyError, TypeError, ValueError) as error:
@@ -336,13 +355,3 @@ def _zeros(like: Any) -> Any:
 def _full(x: Any, t: float) -> Any:
     """t for each sample of x, [B] float64."""
     return x.new_full((x.shape[0],), t) if isinstance(x, torch.Tensor) else np.full(x.shape[0], t)
-
-
-def _range(clip: Any) -> tuple[float, float]:
-    try:
-        low, high = (float(value) for value in clip)
-    except (TypeError, ValueError):
-        raise ValueError(f"`clip` must be None or (lo, hi), got {clip!r}") from None
-    if not low < high:
-        raise ValueError(f"`clip` must be (lo, hi) with lo < hi, got {clip!r}")
-    return low, high

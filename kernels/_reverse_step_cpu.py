@@ -14,7 +14,7 @@ import torch
 
 from . import cpu, layout
 from .exact import exact_exp_numpy
-from .philox import DOMAIN_STEP, normal_numpy
+from .philox import DOMAIN_KNOWN, DOMAIN_STEP, normal_numpy
 
 if TYPE_CHECKING:
     from .reverse_step import Step
@@ -28,8 +28,8 @@ def step_native(native: CDLL, s: Step) -> None:
     halves = s.out.dtype == torch.bfloat16 and (s.u is None or s.u.dtype == torch.bfloat16)
     out = (s.out if halves else s.out.float()).contiguous()
     u = s.u if s.u is None or halves or s.u.dtype == torch.float32 else s.u.float()
-    noise = None if s.noise is None else s.noise.contiguous()
-    tensors = (s.x, s.registers, out, u, noise, *s[4:12])
+    noise, known, mask = (None if a is None else a.contiguous() for a in (s.noise, s.known, s.mask))
+    tensors = (s.x, s.registers, out, u, noise, *s[4:12], s.x0_scale, known, mask, s.preview)
     native.fd_reverse_step(
         *map(cpu.pointer, tensors), c_int64(batch), c_int64(n), c_int64(out.shape[1]), c_int64(s.idle),
         0 if s.registers is None else s.registers.shape[0], int(halves), torch.get_num_threads(),
@@ -41,7 +41,7 @@ def step_native(native: CDLL, s: Step) -> None:
 def step_eager(s: Step) -> None:
     """The same in torch for runs of slots at one row, in parts that stay in cache; reads rows on the host."""
     n = s.x.shape[1]
-    for slots, row, lanes, uncond_lanes in _runs(s):
+    for slots, row, lanes, uncond_lanes in runs(s):
         coef, plan = s.coef[row].tolist(), s.plan[row].tolist()
         step = max(1, _PART // max(n, 1))
         for b in range(slots.start, slots.stop, step):
@@ -51,7 +51,7 @@ def step_eager(s: Step) -> None:
                 _step_part(s, coef, plan, some, lanes[here], uncond_lanes[here], slice(i, min(i + _PART, n)))
 
 
-def _runs(s: Step) -> Iterator[tuple[slice, int, list[int], list[int]]]:
+def runs(s: Any) -> Iterator[tuple[slice, int, list[int], list[int]]]:
     """Runs of neighbouring slots at one row, all guided or none: (slots, row, lanes, unconditional lanes)."""
     batch = s.x.shape[0]
     rows = [row if 0 <= row <= s.idle else s.idle for row in s.row.tolist()]
@@ -77,17 +77,20 @@ def _step_part(
 ) -> None:
     """The formula for a run of slots at one row and a stretch of their elements."""
     reads, writes = plan[layout.READS], plan[layout.WRITES]
+    if s.preview is not None:
+        reads |= 1 | layout.READS_OUT | layout.READS_X0
     views = [s.x[slots, part]] + ([] if s.registers is None else [r[slots, part] for r in s.registers])
     k = len(views) - 1
-    out = _gather(s.out, lanes, part) if reads & layout.READS_OUT else None
-    if out is not None and uncond_lanes[0] >= 0:
-        uncond = _gather(s.out, uncond_lanes, part)
-        out = uncond + s.guidance_scale[slots, None] * (out - uncond)  # type: ignore[index]
+    out = guided_out(s, slots, lanes, uncond_lanes, part) if reads & layout.READS_OUT else None
     x0 = None
     if reads & layout.READS_X0:
-        x0 = _sum(coef[layout.X0_FROM_X : layout.X0_FROM_OUT + 1], [views[0], out], views[0])
+        x0 = predict_x0(coef, views[0], out)
+        if s.x0_scale is not None and reads & layout.READS_THRESHOLD:
+            x0 = x0 * s.x0_scale[slots, None]
         if reads & layout.READS_CLIP:
             x0 = x0.clamp(coef[layout.CLIP_LO], coef[layout.CLIP_HI])
+        if s.preview is not None:
+            s.preview[slots, part] = x0
     z = _noise(s, coef, plan, slots, lanes, part) if reads & layout.READS_NOISE else None
     feeds_u = s.u is not None and writes & layout.WRITES_U != 0
     new: list[Any] = []
@@ -95,6 +98,8 @@ def _step_part(
         terms = coef[layout.HEAD + j * (k + 4) :][: k + 4]
         wanted = writes >> j & 1 or (j == 0 and feeds_u)
         new.append(_sum(terms, [*views, x0, out, z], views[j]) if wanted else None)
+    if s.known is not None and reads & layout.READS_KNOWN:
+        new[0] = _keep_known(s, coef, plan, slots, part, new[0])
     for j, value in enumerate(new):
         if value is not None and writes >> j & 1:
             views[j].copy_(value)
@@ -104,6 +109,36 @@ def _step_part(
             for lane in targets:
                 if lane >= 0:
                     s.u[lane, part] = first[b]
+
+
+def guided_out(s: Any, slots: slice, lanes: list[int], uncond_lanes: list[int], part: slice) -> torch.Tensor:
+    """The network's output of a run of slots, with guidance where they have it."""
+    out = _gather(s.out, lanes, part)
+    if uncond_lanes[0] < 0:
+        return out
+    uncond = _gather(s.out, uncond_lanes, part)
+    guided: torch.Tensor = uncond + s.guidance_scale[slots, None] * (out - uncond)
+    return guided
+
+
+def predict_x0(coef: list[float], x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """x0 before any clip."""
+    return _sum(coef[layout.X0_FROM_X : layout.X0_FROM_OUT + 1], [x, out], x)
+
+
+def _keep_known(
+    s: Step, coef: list[float], plan: list[int], slots: slice, part: slice, x: torch.Tensor
+) -> torch.Tensor:
+    """The state after a row that ends a step, with its known part."""
+    assert s.known is not None
+    assert s.mask is not None
+    y = None
+    if plan[layout.READS] & layout.READS_KNOWN_NOISE:
+        y = _drawn(s, plan, slots, part, DOMAIN_KNOWN)
+    kept = _sum(coef[layout.KNOWN_ALPHA : layout.KNOWN_SIGMA + 1], [s.known[slots, part], y], x)
+    if y is not None and coef[layout.FREE_STD] != 0.0:
+        x = coef[layout.FREE_RATIO] * x + coef[layout.FREE_STD] * y
+    return torch.where(s.mask[slots, part] != 0, kept, x)
 
 
 def _gather(a: torch.Tensor, lanes: list[int], part: slice) -> torch.Tensor:
@@ -127,18 +162,18 @@ def _noise(
     s: Step, coef: list[float], plan: list[int], slots: slice, lanes: list[int], part: slice
 ) -> torch.Tensor:
     """z of a run of slots, drawn on the CPU or given, times the learned standard deviation if any."""
-    if s.noise is not None:
-        z = s.noise[slots, part]
-    else:
-        ids = s.sample_id[slots].cpu()
-        z = torch.empty(slots.stop - slots.start, part.stop - part.start, dtype=torch.float32)
-        normal_numpy(
-            z, s.seed[slots].cpu(), ids, torch.full_like(ids, plan[layout.DRAW]), DOMAIN_STEP, part.start
-        )
-        z = z.to(s.x.device)
+    z = _drawn(s, plan, slots, part, DOMAIN_STEP) if s.noise is None else s.noise[slots, part]
     if plan[layout.READS] & layout.READS_LEARNED and s.learned:
         n = s.x.shape[1]
         f = (_gather(s.out, lanes, slice(n + part.start, n + part.stop)) + 1.0) * 0.5
         y = (f * coef[layout.LOG_VAR_MAX] + (1.0 - f) * coef[layout.LOG_VAR_MIN]) * 0.5
         z = torch.from_numpy(exact_exp_numpy(y.cpu().numpy())).to(y.device) * z
     return z
+
+
+def _drawn(s: Step, plan: list[int], slots: slice, part: slice, domain: int) -> torch.Tensor:
+    """Normals of a row and a run of slots, drawn on the CPU."""
+    ids = s.sample_id[slots].cpu()
+    z = torch.empty(slots.stop - slots.start, part.stop - part.start, dtype=torch.float32)
+    normal_numpy(z, s.seed[slots].cpu(), ids, torch.full_like(ids, plan[layout.DRAW]), domain, part.start)
+    return z.to(s.x.device)

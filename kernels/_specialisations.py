@@ -17,6 +17,7 @@ from .group_norm_backward import NormGrad, group_norm_silu_backward_triton
 from .philox import normal_triton
 from .q_sample import TARGETS, Forward, q_sample_triton
 from .reverse_step import Step, reverse_step_triton
+from .threshold import BINS, PASSES, Threshold, threshold_triton
 from .vlb import WIDTH as VLB_WIDTH
 from .vlb import Terms, vlb_terms_triton
 
@@ -53,10 +54,12 @@ def reverse_step(
     dtype: torch.dtype = torch.bfloat16,
     guided: bool = False,
     learned: bool = False,
+    known: bool = False,
+    preview: bool = False,
     batch: int = _BATCH,
     n: int = _N,
 ) -> None:
-    """Launch `reverse_step`; a batch of noise, guidance and learned variance as asked."""
+    """Launch `reverse_step`; a batch of noise, guidance and so on as asked."""
     lanes, i32, i64 = 2 * batch if guided else batch, torch.int32, torch.int64
     lane = _empty(batch, dtype=i32) if guided else None
     reverse_step_triton(
@@ -73,8 +76,20 @@ def reverse_step(
             cond_lane=lane,
             uncond_lane=lane,
             guidance_scale=_empty(batch) if guided else None,
+            known=_empty(batch, n) if known else None,
+            mask=_empty(batch, n, dtype=torch.uint8) if known else None,
+            preview=_empty(batch, n) if preview else None,
         )
     )
+
+
+def threshold(batch: int = _BATCH, n: int = _N) -> None:
+    """Launch `threshold`."""
+    i32 = torch.int32
+    counts = _empty(batch, PASSES + 1, BINS, dtype=i32)
+    rows = (_empty(_ROWS + 1, layout.width(0)), _empty(_ROWS + 1, layout.PLAN_WIDTH, dtype=i32))
+    elements = (_empty(batch, n), _empty(batch, n, dtype=torch.bfloat16))
+    threshold_triton(Threshold(_empty(batch), counts, *elements, *rows, _empty(batch, dtype=i32)))
 
 
 def q_sample(
@@ -170,6 +185,11 @@ IN_USE = (
     Specialisation("reverse_step", "K=0 bf16 learned", lambda: reverse_step(learned=True), 14),
     Specialisation("reverse_step", "K=1 bf16", lambda: reverse_step(1), 20),
     Specialisation("reverse_step", "K=3 bf16", lambda: reverse_step(3), 36),
+    Specialisation("reverse_step", "K=0 bf16 known", lambda: reverse_step(known=True), 17),
+    Specialisation("reverse_step", "K=0 bf16 preview", lambda: reverse_step(preview=True), 16),
+    Specialisation("threshold", "first count bf16", threshold, 6),
+    Specialisation("threshold", "last count bf16", threshold, 6, PASSES - 1),
+    Specialisation("threshold", "next above bf16", threshold, 6, PASSES),
     Specialisation("q_sample", "bf16", q_sample, 6),
     Specialisation("q_sample", "bf16 eps", lambda: q_sample("eps"), 10),
     Specialisation("q_sample", "fp32 v", lambda: q_sample("v", torch.float32), 12),

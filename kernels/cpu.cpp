@@ -1,6 +1,6 @@
 // The CPU's fused kernels: noise drawn in registers, one pass over memory. Compiled at first use by kernels/cpu.py, which puts the
 // constants of philox.py, exact.py and layout.py in front, with contraction off: every operation rounds once, as in Triton and NumPy.
-// The formulas stand in philox.py, reverse_step.py and q_sample.py; BLOCK elements at a time keep all operands in the first-level cache.
+// The formulas stand in philox.py, q_sample.py and denoising_loss.py; reverse_step.cpp and group_norm.cpp follow in the same unit. BLOCK elements at a time keep all operands in the first-level cache.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -168,79 +168,6 @@ void fd_denoising_loss(double* sums, float* grad, const float* out, const float*
     if (grad) {
       const float scale = (float)(2.0 / (double)n) * (weight ? weight[b] : 1.0f);
       for (int i = 0; i < count; i++) grad[base + i] = scale * error[i];
-    }
-  }
-}
-
-// registers: [registers, batch, n]; out: [lanes, lane] with lane = n or 2n; u: [lanes, n] or null, both float32 or
-// both bfloat16; cond, uncond, scale, noise or null
-void fd_reverse_step(float* x, float* regs, const void* out, void* u, const float* noise, const float* coef, const int32_t* plan,
-                     const int32_t* row, const int64_t* seed, const int64_t* sample_id, const int32_t* cond, const int32_t* uncond,
-                     const float* scale, int64_t batch, int64_t n, int64_t lane, int64_t rows, int registers, int bfloat16,
-                     int threads) {
-  const int64_t chunks = (n + BLOCK - 1) / BLOCK, width = HEAD + (registers + 1) * (registers + 4);
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
-  for (int64_t task = 0; task < batch * chunks; task++) {
-    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
-    const int count = (int)std::min<int64_t>(BLOCK, n - start);
-    const int64_t at = row[b] < 0 || row[b] > rows ? rows : row[b];
-    const int64_t cond_lane = cond ? cond[b] : b, uncond_lane = uncond ? uncond[b] : -1;
-    const float* a = coef + at * width;
-    const int32_t *p = plan + at * PLAN_WIDTH, reads = p[READS], writes = p[WRITES];
-    if (cond_lane < 0 || (reads | writes) == 0) continue;
-    float state[MAX_REGISTERS + 1][BLOCK], guided[BLOCK], x0[BLOCK], z[BLOCK], sum[BLOCK], room[2][BLOCK];
-    const float* o = reads & READS_OUT ? load(out, cond_lane * lane + start, count, bfloat16, room[0]) : nullptr;
-    for (int k = 0; k <= registers; k++)
-      if (reads >> k & 1) {
-        const float* s = k ? regs + (k - 1) * batch * n + base : x + base;
-        std::copy(s, s + count, state[k]);
-      }
-    if (reads & READS_OUT && uncond_lane >= 0) {
-      const float *other = load(out, uncond_lane * lane + start, count, bfloat16, room[1]), w = scale[b];
-      for (int i = 0; i < count; i++) guided[i] = other[i] + w * (o[i] - other[i]);
-      o = guided;
-    }
-    if (reads & READS_X0) {
-      std::fill(x0, x0 + count, -0.0f);
-      add_term(x0, a[X0_FROM_X], state[0], count);
-      add_term(x0, a[X0_FROM_OUT], o, count);
-      if (reads & READS_CLIP) {
-        const float lo = a[CLIP_LO], hi = a[CLIP_HI];
-        for (int i = 0; i < count; i++) x0[i] = x0[i] < lo ? lo : x0[i] > hi ? hi : x0[i];
-      }
-    }
-    if (reads & READS_NOISE) {
-      if (noise) std::copy(noise + base, noise + base + count, z);
-      else normals(z, start, count, seed[b], sample_id[b], p[DRAW], DOMAIN_STEP);
-      if (reads & READS_LEARNED && lane == 2 * n) {
-        const float *v = load(out, cond_lane * lane + n + start, count, bfloat16, room[1]), lo = a[LOG_VAR_MIN], hi = a[LOG_VAR_MAX];
-        for (int i = 0; i < count; i++) {
-          float f = (v[i] + 1.0f) * 0.5f;
-          z[i] = exact_exp((f * hi + (1.0f - f) * lo) * 0.5f) * z[i];
-        }
-      }
-    }
-    for (int j = registers; j >= 0; j--) {  // x last: `out` may be x itself
-      float* s = j ? regs + (j - 1) * batch * n + base : x + base;
-      const float* terms = a + HEAD + j * (registers + 4);
-      const bool feeds_u = j == 0 && u && writes & WRITES_U;
-      if (!(writes >> j & 1) && !feeds_u) continue;
-      std::fill(sum, sum + count, -0.0f);
-      for (int k = 0; k <= registers; k++) add_term(sum, terms[k], state[k], count);
-      add_term(sum, terms[registers + 1], x0, count);
-      add_term(sum, terms[registers + 2], o, count);
-      add_term(sum, terms[registers + 3], z, count);
-      if (writes >> j & 1) std::copy(sum, sum + count, s);
-      if (feeds_u) {
-        const float c = a[C_IN_NEXT];
-        for (int64_t to : {cond_lane, uncond_lane}) {
-          if (to < 0) continue;
-          if (bfloat16)
-            for (int i = 0; i < count; i++) ((uint16_t*)u)[to * n + start + i] = narrow(c * sum[i]);
-          else
-            for (int i = 0; i < count; i++) ((float*)u)[to * n + start + i] = c * sum[i];
-        }
-      }
     }
   }
 }

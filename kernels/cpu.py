@@ -1,4 +1,4 @@
-"""Builds and loads kernels/cpu.cpp and group_norm.cpp: the fused CPU kernels, where a C++ compiler is there.
+"""Builds and loads the fused CPU kernels, this folder's C++ sources, where a C++ compiler is there.
 
 The build takes about a second, runs in the background and is kept on disk, so that no image waits for it:
 until it is there, and where there is no compiler, callers use NumPy and torch, whose results are the same to
@@ -24,12 +24,21 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "group_norm.cpp"))
-_OPS = ("normal", "q_sample", "denoising_loss", "reverse_step", "group_norm", "group_norm_backward")
+from ._cpp_constants import constants
+
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "reverse_step.cpp", "group_norm.cpp"))
+_OPS = [
+    "normal",
+    "q_sample",
+    "denoising_loss",
+    "reverse_step",
+    "threshold",
+    "group_norm",
+    "group_norm_backward",
+]
 # exact arithmetic first
 _EXACT = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # then the widest vectors that the machine has (512 bits: 1.3x over the compiler's own choice on an AVX-512
@@ -146,7 +155,7 @@ def _build(compiler: list[str], path: Path) -> None:
     _sweep(path.parent)
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
         source, target, digest = (Path(folder, name) for name in ("cpu.cpp", "cpu.so", "cpu.sha256"))
-        source.write_text(_constants() + _text())
+        source.write_text(constants() + _text())
         for tuning in _TUNINGS:
             command = [*compiler, *_EXACT, *tuning, "-shared", "-fPIC", str(source), "-o", str(target)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -180,7 +189,7 @@ def _cache_file(compiler: list[str] | None) -> Path | None:
         return None
     key = [
         _text(),
-        _constants(),
+        constants(),
         *compiler,
         platform.machine(),
         _processor(),
@@ -216,33 +225,3 @@ def _processor() -> str:
 def _text() -> str:
     """The kernels' C++, one source behind the other."""
     return "\n".join(source.read_text() for source in _SOURCES)
-
-
-def _constants() -> str:
-    """The C++ of what the Python modules define, floats as exact hexadecimal literals."""
-    from . import _philox_numpy, exact, layout, philox
-
-    names = {
-        _philox_numpy: "ROUNDS MULTIPLIERS KEY_STEPS LOG COS SIN LOG_EXPONENT MANTISSA_BASE EXPONENT_MASK",
-        philox: "DOMAIN_STEP DOMAIN_TRAIN",
-        exact: "EXP EXP_LO EXP_HI LOG2E LN2_HI LN2_LO ROUNDER",
-        layout: "DRAW READS WRITES PLAN_WIDTH HEAD C_IN_NEXT X0_FROM_X X0_FROM_OUT CLIP_LO CLIP_HI "
-        "LOG_VAR_MIN LOG_VAR_MAX MAX_REGISTERS READS_OUT READS_X0 READS_NOISE READS_LEARNED READS_CLIP "
-        "WRITES_U",
-    }
-    lines = [_constant(name, getattr(m, name)) for m, listed in names.items() for name in listed.split()]
-    return "#include <cstdint>\n" + "\n".join(lines) + "\n"
-
-
-def _constant(name: str, value: Any) -> str:
-    """One C++ definition of a number or of a tuple of numbers."""
-    values = value if isinstance(value, tuple) else (value,)
-    if isinstance(values[0], float):
-        kind, literals = "float", [v.hex() + "f" for v in values]
-    elif max(values) < 2**31:
-        kind, literals = "int", [str(v) for v in values]
-    else:
-        kind, literals = "unsigned", [f"{v}u" for v in values]
-    if isinstance(value, tuple):
-        return f"constexpr {kind} {name}[] = {{{', '.join(literals)}}};"
-    return f"constexpr {kind} {name} = {literals[0]};"

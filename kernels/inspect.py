@@ -192,7 +192,7 @@ def compile_for(launch: Launch, target: str) -> Any:
 
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64",
 }  # fmt: skip
 
 

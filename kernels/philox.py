@@ -41,7 +41,7 @@ from ._triton import jit, tl
 from .exact import ROUNDER
 
 RNG_VERSION = 1
-DOMAIN_INIT, DOMAIN_STEP, DOMAIN_TRAIN = 0, 1, 2
+DOMAIN_INIT, DOMAIN_STEP, DOMAIN_TRAIN, DOMAIN_KNOWN = 0, 1, 2, 3
 
 _M0, _M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
 _W0, _W1 = tl.constexpr(KEY_STEPS[0]), tl.constexpr(KEY_STEPS[1])

@@ -1,16 +1,18 @@
 """One reverse step of every slot, each at its own row of its table: x_t -> x_s, whatever the solver.
 
     out  = uncond + w (cond - uncond)                                     where the slot has an `uncond_lane`
-    x0   = clip(x0_from_x x + x0_from_out out)
+    x0   = clip(x0_scale (x0_from_x x + x0_from_out out))           x0_scale: of dynamic thresholding, else 1
     z    = normal(seed, sample_id, draw, element)
     z    = z exp((f log_var_max + (1 - f) log_var_min) / 2),  f = (v + 1) / 2      with a learned variance v
     s'_j = sum_k from_state[j,k] s_k + from_x0[j] x0 + from_out[j] out + from_noise[j] z,  s = (x, registers)
+    x'   = known_alpha known + known_sigma y  where mask,  else free_ratio x' + free_std y
+                     after rows that end a step, where a part of the image is known; y = normal(domain 3)
     u    = c_in_next x'                                    the next input, cast, into the slot's lanes
 
 Sums accumulate from left to right; a coefficient 0 is a term that is not there, and what only such terms need
 is not read (layout.py). Rows come from fastdiff/table.py.
 
-Source: Ho et al. 2020, eq. 7 and 11, and the papers that fastdiff/solvers/ name.
+Source: Ho et al. 2020, eq. 7 and 11, and the papers that fastdiff/solvers/ name; Lugmayr et al. 2022, eq. 8.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ import torch
 from . import cpu, layout
 from ._blocks import cut, first_element
 from ._reverse_step_cpu import step_eager, step_native
+from ._reverse_step_reference import reverse_step_reference
 from ._triton import jit, tl
 from .exact import add_term, exact_exp, first_term
-from .philox import DOMAIN_STEP, normal_block, normal_reference
+from .philox import DOMAIN_KNOWN, DOMAIN_STEP, normal_block
+
+__all__ = ["Step", "reverse_step_reference", "reverse_step_torch", "reverse_step_triton"]
 
 
 class Step(NamedTuple):
@@ -42,6 +47,10 @@ class Step(NamedTuple):
         uncond_lane: [B] int32, the lane of its unconditional evaluation; -1: no guidance. None: nowhere.
         guidance_scale: [B] float32; needed with `uncond_lane`.
         noise: [B, N] float32 in place of the drawn z.
+        x0_scale: [B] float32 of threshold.py; needed where rows threshold x0.
+        known: [B, N] float32, read after rows whose plan says so, which all others leave alone.
+        mask: [B, N] uint8, not 0 where `known` holds; needed with it.
+        preview: [B, N] float32. Overwritten with each slot's x0; idle slots leave it alone.
     """
 
     x: torch.Tensor
@@ -57,6 +66,10 @@ class Step(NamedTuple):
     uncond_lane: torch.Tensor | None = None
     guidance_scale: torch.Tensor | None = None
     noise: torch.Tensor | None = None
+    x0_scale: torch.Tensor | None = None
+    known: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    preview: torch.Tensor | None = None
 
     @property
     def idle(self) -> int:
@@ -78,7 +91,11 @@ _LOG_VAR_MIN, _LOG_VAR_MAX = tl.constexpr(layout.LOG_VAR_MIN), tl.constexpr(layo
 _READS_OUT, _READS_NOISE = tl.constexpr(layout.READS_OUT), tl.constexpr(layout.READS_NOISE)
 _WRITES_U = tl.constexpr(layout.WRITES_U)
 _READS_LEARNED, _READS_CLIP = tl.constexpr(layout.READS_LEARNED), tl.constexpr(layout.READS_CLIP)
-_DOMAIN_STEP = tl.constexpr(DOMAIN_STEP)
+_READS_THRESHOLD, _READS_KNOWN = tl.constexpr(layout.READS_THRESHOLD), tl.constexpr(layout.READS_KNOWN)
+_READS_KNOWN_NOISE = tl.constexpr(layout.READS_KNOWN_NOISE)
+_KNOWN_ALPHA, _KNOWN_SIGMA = tl.constexpr(layout.KNOWN_ALPHA), tl.constexpr(layout.KNOWN_SIGMA)
+_FREE_RATIO, _FREE_STD = tl.constexpr(layout.FREE_RATIO), tl.constexpr(layout.FREE_STD)
+_DOMAIN_STEP, _DOMAIN_KNOWN = tl.constexpr(DOMAIN_STEP), tl.constexpr(DOMAIN_KNOWN)
 # within one warp an element may be stored by another thread than the one that loaded it, with nothing but a
 # shuffle between; larger programs exchange through shared memory, behind a barrier
 _ONE_WARP = tl.constexpr(256)
@@ -87,9 +104,10 @@ _ONE_WARP = tl.constexpr(256)
 @jit
 def _reverse_step_kernel(
     x_ptr, reg_ptr, out_ptr, u_ptr, noise_ptr, coef_ptr, plan_ptr, row_ptr, seed_ptr, sample_id_ptr,
-    cond_ptr, uncond_ptr, scale_ptr, num_rows, batch, n,
+    cond_ptr, uncond_ptr, scale_ptr, x0_scale_ptr, known_ptr, mask_ptr, preview_ptr, num_rows, batch, n,
     K: tl.constexpr, LANES: tl.constexpr, GUIDED: tl.constexpr, LEARNED: tl.constexpr,
-    GIVEN_NOISE: tl.constexpr, WRITE_U: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    GIVEN_NOISE: tl.constexpr, WRITE_U: tl.constexpr, THRESHOLD: tl.constexpr, KNOWN: tl.constexpr,
+    PREVIEW: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
     row = tl.load(row_ptr + slot)
@@ -102,6 +120,8 @@ def _reverse_step_kernel(
     coef_ptr += row.to(tl.int64) * (_HEAD + (K + 1) * (K + 4))
     reads = tl.load(plan_ptr + _READS)
     writes = tl.load(plan_ptr + _WRITES)
+    if PREVIEW:  # x0 of every row, whether the step needs it or not
+        reads = tl.where(row < num_rows, reads | 1 | _READS_OUT, reads)
     # scalars before the elements, whose loads then wait for one latency and not for several
     draw = tl.load(plan_ptr + _DRAW).to(tl.uint32)
     sample_id = tl.load(sample_id_ptr + slot).to(tl.uint32)
@@ -134,8 +154,12 @@ def _reverse_step_kernel(
         tl.debug_barrier()
 
     x0 = add_term(first_term(x0_from_x, state[0]), x0_from_out, out)
+    if THRESHOLD and (reads & _READS_THRESHOLD) != 0:
+        x0 = x0 * tl.load(x0_scale_ptr + slot)
     if (reads & _READS_CLIP) != 0:
         x0 = tl.clamp(x0, clip_lo, clip_hi, propagate_nan=tl.PropagateNan.ALL)
+    if PREVIEW:
+        tl.store(preview_ptr + own + offset, x0, mask=inside & (row < num_rows))
 
     z = tl.zeros((BLOCK,), tl.float32)
     if (reads & _READS_NOISE) != 0:
@@ -158,6 +182,17 @@ def _reverse_step_kernel(
         total = add_term(total, terms[j * (K + 4) + K + 3], z)
         written = inside & ((writes & (1 << j)) != 0)
         if j == 0:
+            if KNOWN and (reads & _READS_KNOWN) != 0:
+                kept = tl.load(known_ptr + own + offset, mask=inside, other=0.0)
+                kept = first_term(tl.load(coef_ptr + _KNOWN_ALPHA), kept)
+                std = tl.load(coef_ptr + _FREE_STD)
+                if (reads & _READS_KNOWN_NOISE) != 0:
+                    y = normal_block(start, draw, sample_id, _DOMAIN_KNOWN, seed, BLOCK, WIDTH)
+                    kept = add_term(kept, tl.load(coef_ptr + _KNOWN_SIGMA), y)
+                    if std != 0.0:
+                        total = tl.load(coef_ptr + _FREE_RATIO) * total + std * y
+                chosen = tl.load(mask_ptr + own + offset, mask=inside, other=0) != 0
+                total = tl.where(chosen, kept, total)
             tl.store(x_ptr + own + offset, total, mask=written)
             if WRITE_U:
                 feeds_u = inside & ((writes & _WRITES_U) != 0)
@@ -177,12 +212,14 @@ def reverse_step_triton(s: Step) -> None:
         return
     out = s.out.contiguous()
     grid, options = cut(batch, n, out, s.u)
+    given = (None if a is None else a.contiguous() for a in (s.known, s.mask))
     _reverse_step_kernel[grid](
         s.x, s.registers, out, s.u, None if s.noise is None else s.noise.contiguous(), s.coef, s.plan, s.row,
-        s.seed, s.sample_id, s.cond_lane, s.uncond_lane, s.guidance_scale, s.idle, batch, n,
-        K=0 if s.registers is None else s.registers.shape[0], LANES=s.cond_lane is not None,
-        GUIDED=s.uncond_lane is not None, LEARNED=s.learned, GIVEN_NOISE=s.noise is not None,
-        WRITE_U=s.u is not None, **options,
+        s.seed, s.sample_id, s.cond_lane, s.uncond_lane, s.guidance_scale, s.x0_scale, *given, s.preview,
+        s.idle, batch, n, K=0 if s.registers is None else s.registers.shape[0],
+        LANES=s.cond_lane is not None, GUIDED=s.uncond_lane is not None, LEARNED=s.learned,
+        GIVEN_NOISE=s.noise is not None, WRITE_U=s.u is not None, THRESHOLD=s.x0_scale is not None,
+        KNOWN=s.known is not None, PREVIEW=s.preview is not None, **options,
     )  # fmt: skip
 
 
@@ -190,55 +227,10 @@ def reverse_step_torch(s: Step) -> None:
     """One step of every slot, in place: the CPU's implementation, and that of devices without Triton.
 
     Traffic: 12 bytes per element at K = 0 with a bfloat16 network, 16 with a float32 one; at most 8 more
-        per register in use.
+        per register in use, 5 where a part of the image is known, 4 for a preview.
     """
     native = cpu.library() if s.x.device.type == "cpu" else None
     if native is None:
         step_eager(s)
     else:
         step_native(native, s)
-
-
-def reverse_step_reference(s: Step) -> None:
-    """The formula in float64, slot by slot, without the terms whose coefficient is 0.
-
-    x, registers and u may be float64.
-    """
-    batch, n = s.x.shape
-    for b in range(batch):
-        at = int(s.row[b])
-        lane = b if s.cond_lane is None else int(s.cond_lane[b])
-        if not 0 <= at < s.idle or lane < 0:
-            continue
-        a = s.coef[at].double()
-        state = [s.x[b].double()] + ([] if s.registers is None else [r[b].double() for r in s.registers])
-        k = len(state) - 1
-        out = s.out[lane, :n].double()
-        uncond_lane = -1 if s.uncond_lane is None else int(s.uncond_lane[b])
-        if uncond_lane >= 0:
-            uncond = s.out[uncond_lane, :n].double()
-            out = uncond + s.guidance_scale[b].double() * (out - uncond)  # type: ignore[index]
-        x0 = _dot(a[layout.X0_FROM_X : layout.X0_FROM_OUT + 1], [state[0], out])
-        x0 = x0.clamp(a[layout.CLIP_LO], a[layout.CLIP_HI])
-        if s.noise is not None:
-            z = s.noise[b].double()
-        else:
-            key = (s.seed[b : b + 1], s.sample_id[b : b + 1], s.plan[at, layout.DRAW].reshape(1).long())
-            z = normal_reference(torch.empty(1, n).double(), *key, DOMAIN_STEP)[0]
-        lo, hi = a[layout.LOG_VAR_MIN], a[layout.LOG_VAR_MAX]
-        if s.learned and (lo != 0 or hi != 0):
-            f = (s.out[lane, n:].double() + 1) / 2
-            z = z * torch.exp(0.5 * (f * hi + (1 - f) * lo))
-        new = [_dot(a[layout.HEAD + j * (k + 4) :][: k + 4], [*state, x0, out, z]) for j in range(k + 1)]
-        s.x[b] = new[0]
-        for j in range(k):
-            s.registers[j, b] = new[j + 1]  # type: ignore[index]
-        if s.u is not None and a[layout.C_IN_NEXT] != 0:
-            for target in {lane, uncond_lane} - {-1}:
-                s.u[target] = (a[layout.C_IN_NEXT] * new[0]).to(s.u.dtype)
-
-
-def _dot(coefficients: torch.Tensor, values: list[torch.Tensor]) -> torch.Tensor:
-    """sum of coefficient * value over the coefficients that are not 0."""
-    terms = [a * value for a, value in zip(coefficients, values, strict=True) if a != 0]
-    return sum(terms, torch.zeros_like(values[0]))

@@ -12,7 +12,7 @@ import torch
 
 from fastdiff.kernels import cpu, layout
 from fastdiff.kernels._reverse_step_cpu import step_eager, step_native
-from fastdiff.kernels.philox import DOMAIN_STEP, normal_reference
+from fastdiff.kernels.philox import DOMAIN_KNOWN, DOMAIN_STEP, normal_reference
 from fastdiff.kernels.reverse_step import Step, reverse_step_triton
 
 # the backends of every kernel besides the NumPy and torch one, which all must equal to the last bit
@@ -89,8 +89,13 @@ def random_table(
     clip: tuple[float, float] | None = (-1.0, 1.0),
     learned: bool = False,
     pad_to: int | None = None,
+    **options: Any,
 ) -> layout.PackedTable:
-    """A table of random coefficients, a third of them 0; row 0 keeps x, row 1 keeps register 1."""
+    """A table of random coefficients, a third of them 0; row 0 keeps x, row 1 keeps register 1.
+
+    Args:
+        **options: of `layout.pack`: threshold, endings.
+    """
     rng = np.random.default_rng(seed)
     state = rng.normal(size=(rows, registers + 1, registers + 1))
     state[rng.random(state.shape) < 0.3] = 0
@@ -117,7 +122,12 @@ def random_table(
         clip=clip,
         registers=pad_to,
         learned=learned,
+        **options,
     )
+
+
+# what follows the rows of a table where a part of the image is known: noised on both sides, clean, noised
+ENDINGS = {0: (0.7, 0.6, 0.9, 0.4), 2: (1.0, 0.0, 1.0, 0.0), 3: (0.4, 0.8, 1.0, 0.0)}
 
 
 def columns(rows: int, registers: int = 0, **values: float) -> dict[str, np.ndarray]:
@@ -144,9 +154,14 @@ def random_step(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     table: layout.PackedTable | None = None,
+    known: bool = False,
+    threshold: bool = False,
+    preview: bool = False,
 ) -> Step:
     """Operands with rows mixed and out of range, lanes in any order, slots idle or unguided, u poisoned."""
-    table = table or random_table(registers, seed, learned=learned)
+    if table is None:
+        options = dict(endings=ENDINGS if known else None, threshold=(0.9, 2.0) if threshold else None)
+        table = random_table(registers, seed, learned=learned, **options)
     g = torch.Generator().manual_seed(seed)
     lanes = 2 * batch if guided else batch
 
@@ -176,6 +191,10 @@ def random_step(
         uncond_lane=uncond,
         guidance_scale=2 * normal(batch) if guided else None,
         noise=normal(batch, n) if given_noise else None,
+        known=normal(batch, n) if known else None,
+        mask=(normal(batch, n) > 0).to(torch.uint8) if known else None,
+        x0_scale=1 / (1 + normal(batch).abs()) if threshold else None,
+        preview=torch.full((batch, n), float("nan")) if preview else None,
     )
 
 
@@ -204,8 +223,8 @@ class Rounded:
         return Rounded(self.value * other.value, error)._rounded()
 
 
-def step_bounds(s: Step, b: int) -> tuple[list[Rounded], Rounded]:
-    """The formula of reverse_step.py for slot b, with error bounds: the new state, the next input."""
+def step_bounds(s: Step, b: int) -> tuple[list[Rounded], Rounded, Rounded]:
+    """The formula of reverse_step.py for slot b, with error bounds: the new state, the next input, x0."""
     a = s.coef[int(s.row[b])]
     n = s.x.shape[1]
     lane = b if s.cond_lane is None else int(s.cond_lane[b])
@@ -219,17 +238,11 @@ def step_bounds(s: Step, b: int) -> tuple[list[Rounded], Rounded]:
         uncond = Rounded.exact(s.out[uncond_lane, :n])
         out = uncond + Rounded.exact(s.guidance_scale[b]) * (out - uncond)
     x0 = _dot(a[layout.X0_FROM_X : layout.X0_FROM_OUT + 1], [values[0], out])
+    reads = int(s.plan[int(s.row[b]), layout.READS])
+    if s.x0_scale is not None and reads & layout.READS_THRESHOLD:
+        x0 = x0 * Rounded.exact(s.x0_scale[b])
     x0 = Rounded(x0.value.clamp(float(a[layout.CLIP_LO]), float(a[layout.CLIP_HI])), x0.error)
-    if s.noise is None:
-        key = (
-            s.seed[b : b + 1],
-            s.sample_id[b : b + 1],
-            s.plan[int(s.row[b]), layout.DRAW].reshape(1).long(),
-        )
-        z = normal_reference(torch.empty(1, n, dtype=torch.float64), *key, DOMAIN_STEP)[0]
-        z_hat = Rounded(z, 1e-6 * z.abs().clamp(min=1))
-    else:
-        z_hat = Rounded.exact(s.noise[b])
+    z_hat = _drawn(s, b, DOMAIN_STEP) if s.noise is None else Rounded.exact(s.noise[b])
     low, high = a[layout.LOG_VAR_MIN], a[layout.LOG_VAR_MAX]
     if s.learned and (low != 0 or high != 0):
         half, one = Rounded.exact(torch.tensor(0.5)), Rounded.exact(torch.tensor(1.0))
@@ -239,7 +252,24 @@ def step_bounds(s: Step, b: int) -> tuple[list[Rounded], Rounded]:
         z_hat = Rounded(scale, scale * (torch.expm1(y.error) + 2e-7)) * z_hat
     terms = [*values, x0, out, z_hat]
     new = [_dot(a[layout.HEAD + j * (k + 4) :][: k + 4], terms) for j in range(k + 1)]
-    return new, Rounded.exact(a[layout.C_IN_NEXT]) * new[0]
+    if s.known is not None and s.mask is not None and reads & layout.READS_KNOWN:
+        y = _drawn(s, b, DOMAIN_KNOWN)
+        kept = _dot(a[layout.KNOWN_ALPHA : layout.KNOWN_SIGMA + 1], [Rounded.exact(s.known[b]), y])
+        free = _dot(a[layout.FREE_RATIO : layout.FREE_STD + 1], [new[0], y])
+        chosen = s.mask[b] != 0
+        new[0] = Rounded(*(torch.where(chosen, p, q) for p, q in zip(_pair(kept), _pair(free), strict=True)))
+    return new, Rounded.exact(a[layout.C_IN_NEXT]) * new[0], x0
+
+
+def _pair(a: Rounded) -> tuple[torch.Tensor, torch.Tensor]:
+    return a.value, a.error
+
+
+def _drawn(s: Step, b: int, domain: int) -> Rounded:
+    """The normals of slot b in its row."""
+    key = (s.seed[b : b + 1], s.sample_id[b : b + 1], s.plan[int(s.row[b]), layout.DRAW].reshape(1).long())
+    z = normal_reference(torch.empty(1, s.x.shape[1], dtype=torch.float64), *key, domain)[0]
+    return Rounded(z, 1e-6 * z.abs().clamp(min=1))
 
 
 def _dot(coefficients: torch.Tensor, values: list[Rounded]) -> Rounded:

@@ -51,6 +51,9 @@ def case(scheduler: str, registers: int, steps: int = 12, step: Mapping[str, Any
     return Case(f"{scheduler}Scheduler", registers, arguments, steps, step or {})
 
 
+# a bound that the quantile exceeds in some steps and not in others
+THRESHOLDING = dict(thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=1.2)
+
 CASES = [
     case("DDPM", 0),
     case("DDPM", 0, variance_type="fixed_large", clip_sample=False),
@@ -114,6 +117,16 @@ CASES = [
     case("LTXEulerAncestralRF", 0),
     case("CMStochasticIterative", 0),
     case("UnCLIP", 0, variance_type="learned_range"),
+    case("DDIM", 0, step={"eta": 0.5}, **THRESHOLDING),
+    case("DDIM", 0, prediction_type="v_prediction", thresholding=True),
+    case("DDPM", 0, variance_type="learned_range", **THRESHOLDING),
+    case("DPMSolverMultistep", 1, **THRESHOLDING),
+    case("DPMSolverMultistep", 1, algorithm_type="dpmsolver", final_sigmas_type="sigma_min", **THRESHOLDING),
+    case("DPMSolverSinglestep", 1, **THRESHOLDING),
+    case("UniPCMultistep", 2, **THRESHOLDING),
+    case("DEISMultistep", 1, **THRESHOLDING),
+    case("SASolver", 2, **THRESHOLDING),
+    case("LCM", 0, steps=6, **THRESHOLDING),
 ]
 CASES = [case for case in CASES if hasattr(schedulers, case.scheduler)]  # older diffusers have fewer
 

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # package itself, which names the public API, above.
 LAYERS = {
     0: "files pictures _arguments",
-    1: "schedule spacing levels table",
+    1: "schedule spacing levels clip table",
     2: "solvers plots words",
-    3: "_dispatch _norm ops nn",
+    3: "_dispatch _norm _step ops nn",
     4: "editing lanes chain sampler graph train likelihood",
     5: "engine generate adapters",
     6: "cli __main__",

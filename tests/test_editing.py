@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff import editing
+from fastdiff.kernels.philox import DOMAIN_KNOWN
 from fastdiff.solvers import SOLVERS
 
 LEFT = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(4, 4)  # a mask
@@ -32,7 +33,7 @@ def test_a_chain_from_the_middle_is_a_whole_chain_from_there(solver: str) -> Non
         return smooth(x, t)
 
     full.model = spy
-    table = full._edit(0.4, 1)[0].table
+    table = full._edit(0.4, 1).table
     table.check()
     first = editing.steps_of(full.table)[-4][0]
     assert (table.alpha[0], table.sigma[0]) == (full.table.alpha[first], full.table.sigma[first])
@@ -55,7 +56,7 @@ def test_cutting_a_history_would_have_been_noticed() -> None:
 def test_the_start_is_the_noised_image(solver: str) -> None:
     chain = sampler(solver, steps=10)
     x, states = chain.sample(3, seed=5, init=PICTURE, strength=0.5, trajectory=True)
-    table = chain._edit(0.5, 1)[0].table
+    table = chain._edit(0.5, 1).table
     start = float(table.alpha[0]) * PICTURE + float(table.sigma[0]) * normals(3, 0, 0, seed=5)
     assert torch.equal(states[0], start)
     assert states.shape == (6, 3, *SHAPE)
@@ -71,7 +72,7 @@ def test_the_start_is_the_noised_image(solver: str) -> None:
 def test_strength_is_the_share_of_steps_that_run() -> None:
     chain = sampler("ddim", steps=50)
     for strength, steps in ((1.0, 50), (0.58, 29), (0.5, 25), (0.001, 1)):
-        assert chain._edit(strength, 1)[0].table.num_rows == steps
+        assert chain._edit(strength, 1).table.num_rows == steps
 
 
 def test_a_little_strength_stays_near_the_image_and_full_strength_forgets_it() -> None:
@@ -83,7 +84,7 @@ def test_a_little_strength_stays_near_the_image_and_full_strength_forgets_it() -
         x = chain.sample(1, init=image, strength=strength)
         kept.append(float(torch.corrcoef(torch.stack([x.flatten(), image.flatten()]))[0, 1]))
         assert abs(float(x.std()) / 0.5 - 1) < 0.15
-        level = chain._edit(strength, 1)[0].table
+        level = chain._edit(strength, 1).table
         signal = 0.5 * level.alpha[0]
         expected = signal / math.hypot(signal, level.sigma[0])  # DDIM is linear on Gaussian data
         assert abs(kept[-1] - expected) < 5 * (1 - expected**2) / 32  # five standard errors
@@ -121,7 +122,7 @@ def test_known_pixels_have_the_marginal_of_their_level_and_noise_of_their_own(so
     lasts = [last for _, last in editing.steps_of(chain.table)]
     for state, last in zip(states[1:], lasts, strict=True):
         alpha, sigma = float(chain.table.alpha[last + 1]), float(chain.table.sigma[last + 1])
-        expected = alpha * PICTURE + sigma * normals(2, last, editing.DOMAIN_EDIT, seed=3)
+        expected = alpha * PICTURE + sigma * normals(2, last, DOMAIN_KNOWN, seed=3)
         assert torch.equal(state[..., :2], expected[..., :2])
 
 
@@ -227,14 +228,14 @@ def test_repeated_steps_draw_fresh_noise() -> None:
         resample=2,
         callback=lambda moment: seen.append(moment.x.clone()),
     )
-    program, endings = chain._edit(None, 2)
+    program, endings = chain._edit(None, 2), editing.repeated(chain.table, 2)[1]
     assert program.table.num_rows == 3
     state = chain.table.init_scale * normals(1, 0, 0)
     for row in range(3):
         state = rows(program.table, row, state, normals(1, row, 1))
         ending = endings[row]
         if ending.std:
-            state = ending.ratio * state + ending.std * normals(1, row, editing.DOMAIN_EDIT)
+            state = ending.ratio * state + ending.std * normals(1, row, DOMAIN_KNOWN)
         assert (seen[row] - state).abs().max() <= 158 * 2**-22
     assert torch.equal(seen[-1], x)
 
@@ -280,12 +281,12 @@ class _NoSynchronisation(TorchDispatchMode):
 
 def test_an_edited_chain_never_reads_a_value_back() -> None:
     chain = sampler("ddpm")
-    program, endings = chain._edit(0.7, 2)
+    program = chain._edit(0.7, 2)
     key, ids = fd.ops.noise_key(0, 2, 2, "cpu")
-    part = editing.Known(PICTURE, LEFT, endings, (2, *SHAPE), key, ids)
-    batch = chain._start(program, torch.zeros(2, *SHAPE), key, ids, {}, None, 1.0)
+    part = editing.known_part(PICTURE, LEFT, (2, *SHAPE), torch.device("cpu"))
+    batch = chain._start(program, torch.zeros(2, *SHAPE), key, ids, {}, None, 1.0, part, True)
     with _NoSynchronisation():
-        chain._run(program, batch, None, part, False, None, True)
+        chain._run(program, batch, None, False, None, True)
         with pytest.raises(AssertionError):
             float(batch.x[0, 0, 0, 0])
 

@@ -240,8 +240,11 @@ def test_what_is_not_linear_is_refused_by_name_and_torch_is_put_back(then, reaso
             "takes `variance_type='learned'` as a variance",
         ),
         (schedulers.DDPMScheduler(variance_type="fixed_large_log"), {}, "not finite"),
-        (schedulers.DDIMScheduler(thresholding=True), {}, "dynamic thresholding"),
-        (schedulers.DPMSolverMultistepScheduler(thresholding=True), {}, "dynamic thresholding"),
+        (
+            schedulers.DDIMScheduler(thresholding=True, sample_max_value=0.5),
+            {},
+            "`largest` must be at least 1",
+        ),
         (
             schedulers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
             {},

@@ -33,7 +33,7 @@ def test_coefficients_stand_where_the_layout_says(registers: int) -> None:
     for name, column in given.items():
         given[name] = rng.normal(size=column.shape)
     table = pack(**given, clip=(-2, 3))
-    assert table.coef.shape == (5, layout.width(k)) == (5, 9 + (k + 1) * (k + 4))
+    assert table.coef.shape == (5, layout.width(k)) == (5, 14 + (k + 1) * (k + 4))
     assert (table.num_rows, table.registers, table.coef.dtype) == (4, k, torch.float32)
     names = ("t", "c_in", "c_in_next", "x0_from_x", "x0_from_out", "clip_lo", "clip_hi")
     for at, name in enumerate((*names, "log_var_min", "log_var_max")):
@@ -67,9 +67,31 @@ def test_plan_reads_only_what_a_written_output_needs() -> None:
 
 def test_plan_reads_the_clip_with_x0_and_the_variance_with_noise() -> None:
     assert plan_of(from_x0=1.0, x0_from_x=2.0, clip=(-1, 1)) == (1 | READS_X0 | READS_CLIP, 1)
-    assert plan_of(from_state=0.5, clip=(-1, 1)) == (1, 1)
+    assert plan_of(from_state=0.5, clip=(-1, 1)) == (1 | READS_CLIP, 1)  # of a preview, which needs no bit
     assert plan_of(from_noise=1.0, log_var_max=-1.0) == (READS_NOISE | READS_LEARNED, 1)
     assert plan_of(from_state=0.5, log_var_max=-1.0) == (1, 1)
+
+
+def test_thresholding_is_a_quantile_a_largest_value_and_the_range_of_one() -> None:
+    table = pack(**columns(2, from_x0=1.0, x0_from_x=2.0), threshold=(0.995, 4.0))
+    assert table.threshold
+    assert not pack(**columns(2)).threshold
+    assert (table.plan[:2, layout.QUANTILE] == round(0.995 * 2**30)).all()
+    assert (table.coef[:2, layout.LARGEST] == 4.0).all()
+    assert (table.coef[:2, [layout.CLIP_LO, layout.CLIP_HI]] == torch.tensor([-1.0, 1.0])).all()
+    assert (table.plan[:2, layout.READS] == 1 | READS_X0 | READS_CLIP | layout.READS_THRESHOLD).all()
+    assert table.plan[-1].tolist() == [0, 0, 0, 0]
+    assert table.to("meta").threshold
+    assert layout.join([pack(**columns(2)), table]).threshold
+
+
+def test_a_row_with_an_ending_writes_the_state_and_draws_only_for_what_is_noisy() -> None:
+    endings = {0: (0.5, 0.5, 1.0, 0.0), 1: (1.0, 0.0, 1.0, 0.0)}
+    table = pack(**columns(3, from_state=1.0), endings=endings)
+    known, noisy = layout.READS_KNOWN, layout.READS_KNOWN_NOISE
+    assert table.plan[:, layout.READS].tolist() == [1 | known | noisy, 1 | known, 0, 0]
+    assert table.plan[:, layout.WRITES].tolist() == [1 | WRITES_U, 1 | WRITES_U, 0, 0]
+    assert table.coef[0, layout.KNOWN_ALPHA : layout.HEAD].tolist() == [0.5, 0.5, 1.0, 0.0]
 
 
 def test_plan_writes_the_next_input_where_a_row_follows() -> None:

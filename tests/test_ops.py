@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import ENDINGS, assert_same_bits, int32, random_table
 from kernel_cases import OP_SHAPE as SHAPE
 from kernel_cases import OP_TABLE as TABLE
-from kernel_cases import assert_same_bits, int32, random_table
 from kernel_cases import op_arguments as operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import fastdiff
 from fastdiff import _dispatch, ops
-from fastdiff.kernels import _triton, philox
+from fastdiff.kernels import _triton, layout, philox
 from fastdiff.kernels import advance as advance_module
 from fastdiff.kernels.layout import PackedTable
 from fastdiff.schedule import NoiseSchedule
@@ -40,7 +40,7 @@ def raw(given: dict[str, Any]) -> tuple[Any, ...]:
         table.plan,
         given["row"],
         *key,
-    ) + (None,) * 4
+    ) + (None,) * 8
 
 
 def test_operators_pass_opcheck() -> None:
@@ -53,7 +53,12 @@ def test_operators_pass_opcheck() -> None:
             x0 = torch.randn(5, *SHAPE, requires_grad=grad)
             args = (x0, torch.rand(10, 2), t, seed, ids, draws, kind, None, torch.float32)
             opcheck(torch.ops.fastdiff.q_sample, args)
-    opcheck(torch.ops.fastdiff.reverse_step_, raw(operands()))
+    given = operands()
+    opcheck(torch.ops.fastdiff.reverse_step_, raw(given))
+    image = (torch.ones(2), torch.randn(2, *SHAPE), torch.ones(2, *SHAPE) > 0, torch.empty(2, *SHAPE))
+    opcheck(torch.ops.fastdiff.reverse_step_, (*raw(given)[:-4], *image))
+    rows = (TABLE.coef, TABLE.plan, given["row"], None, None, None)
+    opcheck(torch.ops.fastdiff.threshold_, (torch.ones(2), given["x"], given["out"], *rows))
     row = TABLE.start(5)
     opcheck(
         torch.ops.fastdiff.advance_,
@@ -119,6 +124,23 @@ def test_reverse_step_updates_x_in_place_and_returns_it() -> None:
     before = x.clone()
     assert ops.reverse_step(x, **given) is x
     assert not torch.equal(x, before)
+
+
+def test_reverse_step_thresholds_keeps_and_previews_as_its_table_says() -> None:
+    table = random_table(0, 3, threshold=(0.9, 3.0), endings=ENDINGS)
+    x, out, known = (torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask, preview, row = known > 0, torch.empty_like(x), table.start(2) + 2
+    wide, size = x.clone(), SHAPE[0] * SHAPE[1] * SHAPE[2]
+    ops.reverse_step(wide, 9 * out, table, row, seed=4, known=known, mask=mask, preview=preview)
+    assert torch.equal(wide[mask], known[mask])  # row 2 ends on the clean image
+    a = table.coef[2].double()
+    x0 = a[layout.X0_FROM_X] * x.double() + a[layout.X0_FROM_OUT] * 9 * out.double()
+    s = x0.abs().view(2, size).quantile(0.9, dim=1).clamp(1.0, 3.0).view(2, 1, 1, 1)
+    assert (s > 1).all()
+    assert (preview - (x0 / s).clamp(-1, 1)).abs().max() <= 1e-6
+    plain = x.clone()
+    ops.reverse_step(plain, 9 * out, table, row, seed=4)
+    assert_same_bits(wide[~mask], plain[~mask])
 
 
 def test_operands_that_are_not_dense_give_the_same_bits() -> None:

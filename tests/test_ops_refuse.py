@@ -30,6 +30,7 @@ def advanced(**changes: Any) -> Callable[[], Any]:
     return lambda: ops.advance(**(given | changes))
 
 
+ZEROS = torch.zeros(2, *SHAPE)
 META = torch.device("meta")
 REFUSED: list[tuple[str, Callable[[], Any]]] = [
     (r"`x` must be torch.float32 dense on cpu, got torch.float64", change(x=torch.zeros(2, *SHAPE).double())),
@@ -55,6 +56,10 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     (r"`cond_lane` must be torch.int32 \[2\]", change(cond_lane=int32(0))),
     (r"`guidance_scale` must be torch.float32 \[2\]", change(guidance_scale=torch.ones(2).double())),
     (r"`noise` must be torch.float32 \[2, 3, 4, 5\]", change(noise=torch.zeros(2, 60))),
+    (r"`known` must be torch.float32 \[2, 3, 4, 5\]", change(known=torch.zeros(2, 60), mask=None)),
+    (r"`known` and `mask` belong together", change(known=torch.zeros(2, *SHAPE))),
+    (r"`mask` must be bool or uint8, got torch.float32", change(**dict.fromkeys(("known", "mask"), ZEROS))),
+    (r"`preview` must be .*dense", change(preview=torch.zeros(2, 4, 5, 3).movedim(-1, 1))),
     (r"`seed` must fit 64 bits, got 18446744073709551616", change(seed=2**64)),
     (r"`seed` must be an int or \[2\] int64", change(seed=torch.zeros(3).long())),
     (r"`sample_ids` must be \[2\], got shape \(3,\)", change(sample_ids=[0, 1, 2])),

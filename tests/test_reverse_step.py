@@ -31,7 +31,15 @@ CASES = [
         strict=False,
     )
 ]
-WRITTEN = ("x", "registers", "u")
+# what only some rows of a batch have to do with: a known part, thresholds of their own; previews of all
+CASES += [
+    dict(known=True),
+    dict(registers=1, n=1823, known=True, guided=True, learned=True),
+    dict(n=256, threshold=True, guided=True),
+    dict(registers=3, preview=True, learned=True),
+    dict(registers=1, n=1, batch=7, known=True, threshold=True, preview=True, given_noise=True, guided=True),
+]
+WRITTEN = ("x", "registers", "u", "preview")
 
 
 def case_id(case: dict) -> str:
@@ -84,24 +92,30 @@ def test_float32_step_is_the_formula_up_to_rounding(step: Step) -> None:
         lane = b if step.cond_lane is None else int(step.cond_lane[b])
         if not 0 <= step.row[b] < step.idle or lane < 0:
             continue
-        new, first = step_bounds(before, b)
+        new, first, x0 = step_bounds(before, b)
         state = [step.x[b]] if step.registers is None else [step.x[b], *step.registers[:, b]]
         for got, bound in zip(state, new, strict=True):
             assert ((got - bound.value).abs() <= bound.error).all()
         if int(step.plan[int(step.row[b]), layout.WRITES]) & layout.WRITES_U:
             assert ((step.u[lane] - first.value).abs() <= first.error).all()
+        if step.preview is not None:
+            assert ((step.preview[b] - x0.value).abs() <= x0.error).all()
 
 
 def test_reference_is_the_formula_in_float64(step: Step) -> None:
     before = clone(step)
     wide = clone(step, x=step.x.double(), u=step.u.double())
-    wide = wide if step.registers is None else wide._replace(registers=step.registers.double())
+    for name in ("registers", "preview"):
+        if getattr(wide, name) is not None:
+            wide = wide._replace(**{name: getattr(wide, name).double()})
     reverse_step_reference(wide)
     for b in range(step.x.shape[0]):
         lane = b if step.cond_lane is None else int(step.cond_lane[b])
         if 0 <= step.row[b] < step.idle and lane >= 0:
-            new, _ = step_bounds(before, b)
+            new, _, x0 = step_bounds(before, b)
             assert torch.allclose(wide.x[b], new[0].value, rtol=1e-13, atol=1e-13)
+            if wide.preview is not None:
+                assert torch.allclose(wide.preview[b], x0.value, rtol=1e-13, atol=1e-13)
         else:
             assert_same_bits(wide.x[b], before.x[b].double())
 
@@ -164,6 +178,44 @@ def test_zero_coefficient_does_not_read_so_nan_never_appears(backend: str) -> No
     assert_same_bits(step.x, 0.5 * x + 0.5 * (2.0 * x).clamp(-1, 1))
     assert_same_bits(step.registers[0], step.x)
     assert_same_bits(step.u, table.coef[2, layout.C_IN_NEXT] * step.x)
+
+
+@pytest.mark.parametrize("backend", ["eager", *OTHERS])
+def test_idle_slots_keep_their_preview_and_read_no_image(backend: str) -> None:
+    step = random_step(1, batch=3, known=True, threshold=True, preview=True)
+    step.row.copy_(torch.tensor([0, step.idle, 2]))
+    for tensor in (step.x, step.registers[0], step.known):
+        tensor[1] = float("nan")
+    step.x0_scale[1] = float("nan")
+    step.preview.fill_(7.0)
+    step_with(backend, step)
+    assert (step.preview[1] == 7.0).all()
+    assert step.x[1].isnan().all()
+    assert step.preview[[0, 2]].isfinite().all()
+    assert (step.preview[[0, 2]] != 7.0).all()
+    assert step.x[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["eager", *OTHERS])
+def test_a_preview_leaves_the_step_as_it_is(backend: str) -> None:
+    step = random_step(3, learned=True)
+    seen = clone(step)._replace(preview=torch.full_like(step.x, float("nan")))
+    step_with(backend, step)
+    step_with(backend, seen)
+    for name in ("x", "registers", "u"):
+        assert_same_bits(getattr(seen, name), getattr(step, name))
+
+
+@pytest.mark.parametrize("backend", ["eager", *OTHERS])
+def test_a_row_without_an_ending_reads_neither_image_nor_mask(backend: str) -> None:
+    step = random_step(0, known=True)
+    step.row.fill_(1)
+    plain = clone(step)._replace(known=None, mask=None)
+    step.known.fill_(float("nan"))
+    step.mask.fill_(1)
+    step_with(backend, step)
+    step_with(backend, plain)
+    assert_same_bits(step.x, plain.x)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy, of the interpreter's 0 * NaN

@@ -247,7 +247,7 @@ def test_packing_keeps_rows_and_registers() -> None:
         (lambda: dataclasses.replace(custom(), init_scale=0.0), "`init_scale` must be positive"),
         (lambda: dataclasses.replace(custom(), exempt=("variance",)), "`exempt` may hold"),
         (lambda: custom().with_clip((1, -1)), r"`clip` must be \(lo, hi\) with lo < hi"),
-        (lambda: custom().with_clip(1.0), "`clip` must be None or"),
+        (lambda: custom().with_clip(1.0), "`clip` must be None, "),
         (lambda: custom().with_clip((float("nan"), 1)), "lo < hi"),
         (
             lambda: custom().evaluate(lambda u, t: u, np.zeros((1, 2))),

@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.adapters import operations as ops
+from fastdiff.clip import Clip
 from fastdiff.solvers.forms import Register
 
 WIDTH = 48  # coordinates: x, out, x0, a few draws of noise, and the registers that one evaluation reads
@@ -49,14 +50,14 @@ class Epoch:
         symbols: the coordinates' meaning: "x", "out", "x0", ("z", k) for the k-th draw, or a `Register`.
         x: [WIDTH] the network's next input (or the result), by its coordinates.
         saved: register -> coordinates of what it remembers from here on.
-        clipped: (x0_from_x, x0_from_out, lo, hi) of the x0 that was clipped, or None.
+        clipped: (x0_from_x, x0_from_out, clip) of the x0 that was clipped, or None.
         draws: how often noise was drawn.
     """
 
     symbols: list[Any] = field(default_factory=lambda: ["x", "out"])
     x: np.ndarray | None = None
     saved: dict[Register, np.ndarray] = field(default_factory=dict)
-    clipped: tuple[float, float, float, float] | None = None
+    clipped: tuple[float, float, Clip] | None = None
     draws: int = 0
 
 
@@ -114,6 +115,15 @@ class Tape(TorchFunctionMode):
             coords[:, :CHANNELS, :, self._slot("out")] = 1.0
             coords[:, CHANNELS:, :, LEARNED] = 1.0
             return self._basis(coords)
+
+    def clip(self, x0: Any, clip: Clip, name: str = "thresholding") -> Basis:
+        """An x0 that the code clips, by the operation of this name, is a new symbol from here on."""
+        coords = self.coordinates(x0)
+        clipped = (float(coords[0]), float(coords[1]), clip)
+        if coords[2:].any() or self.now.clipped not in (None, clipped):
+            self.refuse(f"`{name}` clips something else than one x0 made of x and the network's output")
+        self.now.clipped = clipped
+        return self.unit("x0")
 
     def close(self, x: Any) -> None:
         """x ends this epoch: it goes into the network next, or is the result."""
@@ -305,12 +315,7 @@ class Tape(TorchFunctionMode):
             self.refuse(f"`{name}` clips to bounds that depend on the state")
         if low is None or high is None or torch.as_tensor(low).numel() * torch.as_tensor(high).numel() != 1:
             self.refuse(f"`{name}` has not one lower and one upper bound, and a table's clip is one range")
-        coords = self.coordinates(args[0])
-        clipped = (float(coords[0]), float(coords[1]), float(low), float(high))
-        if coords[2:].any() or self.now.clipped not in (None, clipped):
-            self.refuse(f"`{name}` clips something else than one x0 made of x and the network's output")
-        self.now.clipped = clipped
-        x0 = self.unit("x0")
+        x0 = self.clip(args[0], (float(low), float(high)), name)
         if not ops.writes_in_place(name):
             return x0
         self._overwrite(args[0], x0)

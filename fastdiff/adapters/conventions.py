@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdiff.clip import DynamicThreshold
 from fastdiff.solvers.prediction import prediction_columns
 
 _PREDICTIONS = {
@@ -27,6 +28,16 @@ Levels = tuple[np.ndarray, np.ndarray]
 def config_of(scheduler: Any, key: str) -> Any:
     """An entry of the scheduler's config, or None."""
     return getattr(getattr(scheduler, "config", None), key, None)
+
+
+def threshold_of(scheduler: Any) -> DynamicThreshold:
+    """The dynamic thresholding that a scheduler's config describes.
+
+    Raises:
+        ValueError: a quantile or a largest value out of its range.
+    """
+    ratio, largest = (config_of(scheduler, k) for k in ("dynamic_thresholding_ratio", "sample_max_value"))
+    return DynamicThreshold(float(ratio), float(largest))
 
 
 def first_row(scheduler: Any) -> int:

@@ -20,6 +20,7 @@ from fastdiff.adapters.conventions import (
     first_row,
     is_inner_stage,
     levels_of,
+    threshold_of,
     times_of,
     x0_columns,
 )
@@ -45,10 +46,11 @@ def import_scheduler(
     """The sampling table of a diffusers scheduler, read off by running its own `step` on a basis.
 
     A copy runs; the scheduler itself stays as it was. The table has a row for each evaluation of the network
-    and the fewest registers; a clamp of x0 becomes its clip, a learned range its log_var columns. Before it
-    is returned the scheduler's own code has run once on random numbers and gone through the same states.
-    Where a scheduler keeps no noise levels that are known, alpha is 1 and sigma 0 throughout, and both are
-    `exempt`. The increments of a Brownian tree keep the law that they have there, overlaps included.
+    and the fewest registers; a clamp of x0, or dynamic thresholding, becomes its clip, a learned range its
+    log_var columns. Before it is returned the scheduler's own code has run once on random numbers and gone
+    through the same states. Where a scheduler keeps no noise levels that are known, alpha is 1 and sigma 0
+    throughout, and both are `exempt`. The increments of a Brownian tree keep the law that they have there,
+    overlaps included.
 
     Args:
         scheduler: any diffusers scheduler, or an object with its `step`, `timesteps` and `config`.
@@ -56,8 +58,8 @@ def import_scheduler(
         set_timesteps_kwargs: further arguments of `set_timesteps`, e.g. {"sigmas": [...]} or {"mu": 0.8}.
         **step_kwargs: further arguments of `step`, e.g. eta=1.0.
     Raises:
-        ValueError: what cannot be a table, with the row and the operation: not linear, dynamic thresholding,
-            a learned variance that is no log variance, coefficients that are not finite.
+        ValueError: what cannot be a table, with the row and the operation: not linear, a learned variance
+            that is no log variance, coefficients that are not finite.
         TypeError: `scheduler` has no `step`, or takes other arguments than (model_output, timestep, sample).
     Warns:
         UserWarning: the table misses the marginals of the scheduler's own levels by more than 1e-5.
@@ -108,9 +110,7 @@ def _on_basis(ready: Any, name: str, learned: float | None, step_kwargs: Mapping
     tape = Tape(name, learned)
     record = _Recorded(tape, [], [], [])
     if hasattr(scheduler, "_threshold_sample"):
-        scheduler._threshold_sample = lambda sample: tape.refuse(
-            "dynamic thresholding clips x0 to a quantile of its own values, and a table's clip is one range"
-        )
+        scheduler._threshold_sample = lambda x0: tape.clip(x0, threshold_of(scheduler))
 
     def evaluate(x: torch.Tensor, t: torch.Tensor, row: int) -> torch.Tensor:
         out = tape.evaluate(x)

@@ -16,6 +16,7 @@ import torch
 
 from fastdiff.adapters.basis import LEARNED, Epoch, Numbers, Refused, Tape
 from fastdiff.adapters.observable import reduce_registers
+from fastdiff.clip import Clip
 from fastdiff.levels import Level
 from fastdiff.solvers.forms import Form, Row, assemble
 from fastdiff.table import SamplingTable
@@ -154,17 +155,18 @@ def _but_noise_of_x(columns: dict[str, np.ndarray]) -> list[np.ndarray]:
     return [value[:, 1:] if name == "from_noise" else value for name, value in columns.items()]
 
 
-def _predicted_x0(tape: Tape, heads: Heads) -> tuple[np.ndarray, np.ndarray, tuple[float, float] | None]:
-    """x0_from_x, x0_from_out and the range; a row that clips says itself what its x0 is."""
+def _predicted_x0(tape: Tape, heads: Heads) -> tuple[np.ndarray, np.ndarray, Clip]:
+    """x0_from_x, x0_from_out and the clip; a row that clips says itself what its x0 is."""
     px, po = heads.x0_from_x.copy(), heads.x0_from_out.copy()
-    ranges: set[tuple[float, float]] = set()
+    clips: list[Clip] = []
     for row, epoch in enumerate(tape.epochs):
         if epoch.clipped is not None:
-            px[row], po[row], low, high = epoch.clipped
-            ranges.add((low, high))
-    if len(ranges) > 1:
-        raise Refused(f"{tape.name} cannot be imported: it clips to {sorted(ranges)}, a table to one range")
-    return px, po, next(iter(ranges), None)
+            px[row], po[row], clip = epoch.clipped
+            clips += [clip] if clip not in clips else []
+    if len(clips) > 1:
+        found = ", ".join(map(str, clips))
+        raise Refused(f"{tape.name} cannot be imported: it clips x0 to {found}, a table in one way")
+    return px, po, next(iter(clips), None)
 
 
 def _through_x0(

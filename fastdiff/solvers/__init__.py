@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fastdiff.clip import Clip
 from fastdiff.levels import NoiseLevels
 from fastdiff.solvers.ddim import ddim
 from fastdiff.solvers.ddpm import ddpm
@@ -33,7 +34,7 @@ from fastdiff.solvers.lms import lms
 from fastdiff.solvers.plms import plms
 from fastdiff.solvers.prediction import PREDICTIONS, Prediction, prediction_columns
 from fastdiff.solvers.unipc import unipc
-from fastdiff.table import Clip, SamplingTable
+from fastdiff.table import SamplingTable
 
 __all__ = [
     "OUT",
@@ -97,7 +98,7 @@ def compile_table(
         prediction: what the network predicts: "eps", "x0", "v", "flow" or "edm".
         variance: "fixed_small", "fixed_large", or "learned", "learned_range", where the network's output has
             2C channels; every solver but "ddpm" ignores the second half.
-        clip: range (lo, hi) of the predicted x0, or None.
+        clip: range (lo, hi) of the predicted x0, a `DynamicThreshold`, or None.
         sigma_data: the data's standard deviation: EDM's with prediction "edm" (default 0.5), else the option
             of solver "lcm".
         **options: the solver's own; `solver_options` lists them.
