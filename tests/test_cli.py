@@ -62,6 +62,26 @@ def test_samples_do_not_depend_on_the_batch(tmp_path):
     assert np.abs(archives[0] - archives[1]).max() <= 1  # the network's last bits may turn a rounding
 
 
+def test_a_threshold_keeps_strong_guidance_from_saturating(tmp_path):
+    shares = []
+    for name, options in (("range.npz", []), ("threshold.npz", ["--threshold", "0.9"])):
+        run(
+            "sample",
+            "--num",
+            "10",
+            "--steps",
+            "10",
+            "--guidance",
+            "8",
+            *options,
+            "--out",
+            str(tmp_path / name),
+        )
+        pixels = np.load(tmp_path / name)["arr_0"]
+        shares.append(np.isin(pixels, (0, 255)).mean())
+    assert shares[1] < 0.8 * shares[0]
+
+
 def test_a_trajectory_is_a_strip_of_its_moments(tmp_path):
     out = tmp_path / "strip.png"
     run("sample", "--num", "2", "--steps", "10", "--trajectory", "--out", str(out))
@@ -99,6 +119,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(tmp_path, monkeypatch, argumen
         (["--device", "toaster"], "`--device` must be one of cpu"),
         (["--out", "/proc/samples.png"], "`--out` must lie in a folder that can be written"),
         (["--guidance", "nan"], "`--guidance`"),
+        (["--threshold", "99.5"], "`--threshold` must be in [0, 1]"),
         (["--model", "nowhere"], "`--model`"),
         (["--num", "2", "--steps", "2", "--seed", str(-(2**64))], "`--seed`"),
     ],

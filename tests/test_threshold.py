@@ -13,7 +13,7 @@ from kernel_cases import OTHERS, SIZES, apply, assert_same_bits, columns, librar
 
 import fastdiff as fd
 from fastdiff.clip import clipped
-from fastdiff.kernels import layout
+from fastdiff.kernels import cpu, layout
 from fastdiff.kernels.threshold import (
     BINS,
     PASSES,
@@ -134,6 +134,42 @@ def test_a_chain_with_thresholds_is_its_table_s(solver: str) -> None:
     assert (x - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
     plain = sampler(solver, steps=8).sample(4, x_T=x_T, noise=noise)
     assert (x - plain).abs().max() > 1e-2, "the threshold should have had an effect here"
+
+
+@pytest.mark.parametrize("backend", ["native", "numpy", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_thresholds_mix_with_other_clips_in_one_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each slot is alone what it is among others, in all its bits."""
+    if backend == "numpy":
+        monkeypatch.setattr(cpu, "library", lambda wait=False: None)
+    elif backend == "triton":
+        monkeypatch.setenv("FASTDIFF_BACKEND", "triton")
+    else:
+        library()
+    levels = fd.NoiseLevels.from_schedule(SCHEDULE, fd.space_timesteps(len(SCHEDULE), 4))
+    clips = (fd.DynamicThreshold(0.6), None, (-1.0, 1.0), fd.DynamicThreshold(0.9, 1.5))
+    solvers = ("ddpm", "ddim", "dpmpp_2m", "unipc")
+    packs = [
+        fd.compile_table(solver, levels, clip=clip).pack(registers=2)
+        for solver, clip in zip(solvers, clips, strict=True)
+    ]
+    together = layout.join(packs)
+    first = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
+    x = 2.0 * fd.ops.normal(SHAPE, 0, 4, 0, domain=0)
+    alone = [x[i : i + 1].clone() for i in range(4)]
+    registers = torch.zeros(2, *x.shape)
+    own = [torch.zeros(2, 1, *SHAPE) for _ in range(4)]
+    for row in range(4):
+        t = together.coef[first.long() + row, layout.T]
+        fd.ops.reverse_step(x, 2.0 * smooth(x, t), together, first + row, registers=registers)
+        for i, (table, state, memory) in enumerate(zip(packs, alone, own, strict=True)):
+            out = 2.0 * smooth(state, t[i : i + 1])
+            fd.ops.reverse_step(state, out, table, table.start(1) + row, 0, [i], registers=memory)
+    for i, state in enumerate(alone):
+        assert_same_bits(x[i], state[0])
+    plain = fd.compile_table("ddpm", levels, clip=(-1.0, 1.0)).pack(registers=2)
+    fd.ops.reverse_step(alone[0], 9.0 * alone[0], packs[0], packs[0].start(1) + 2, registers=own[0])
+    fd.ops.reverse_step(x[:1], 9.0 * x[:1], plain, plain.start(1) + 2, registers=own[0].clone())
+    assert not torch.equal(alone[0], x[:1])
 
 
 def test_guided_thresholds_and_previews_agree_with_the_formula() -> None:

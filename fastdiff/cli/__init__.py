@@ -54,6 +54,7 @@ _OPTIONS = {
     "guidance_scale": "guidance", "resume=True": "resume", "skip_bad=True": "skip-bad",
     "attention_levels": "attention", "channel_mult": "mult", "model_channels": "channels",
     "num_res_blocks": "blocks", "batch_size": "batch", "ema_decay": "ema", "num_timesteps": "timesteps",
+    "quantile": "threshold",
 }  # fmt: skip
 
 

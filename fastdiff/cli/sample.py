@@ -35,6 +35,12 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale, 1 is none; 2 for a network with classes.")
     ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Clip x0 to this quantile of its own, 0.995 say: less saturated at strong guidance."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same samples, whatever the batch size.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Samples in one pass of the network.")] = 100,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Write the denoising strip.")] = False,
@@ -45,6 +51,7 @@ def sample(
 ) -> None:
     """Sample from a trained model, and write a picture or an archive."""
     from fastdiff import pictures
+    from fastdiff.clip import DynamicThreshold
     from fastdiff.sampler import Sampler
 
     pictures.check_target(out, (".npz",) if not trajectory else ())
@@ -53,6 +60,8 @@ def sample(
     chain: dict[str, Any] = {"solver": solver, "steps": int(steps) if steps.isdecimal() else steps}
     if eta is not None:
         chain["eta"] = eta
+    if threshold is not None:
+        chain["clip"] = DynamicThreshold(threshold)
     sampler = Sampler.from_pretrained(
         model,
         device=options.device(device),
