@@ -38,12 +38,8 @@ _library.define(
 _library.define(
     "reverse_step_(Tensor(a!) x, Tensor(b!)? registers, Tensor out, Tensor(c!)? u, Tensor coef, Tensor plan, "
     "Tensor row, Tensor seed, Tensor sample_id, Tensor? cond_lane, Tensor? uncond_lane, "
-    "Tensor? guidance_scale, Tensor? noise, Tensor? x0_scale, Tensor? known, Tensor? mask, "
+    "Tensor? guidance_scale, Tensor? noise, bool threshold, Tensor? known, Tensor? mask, "
     "Tensor(d!)? preview) -> ()"
-)
-_library.define(
-    "threshold_(Tensor(a!) x0_scale, Tensor x, Tensor out, Tensor coef, Tensor plan, Tensor row, "
-    "Tensor? cond_lane, Tensor? uncond_lane, Tensor? guidance_scale) -> ()"
 )
 _library.define(
     "advance_(Tensor(a!) row, Tensor coef, Tensor(b!) t, Tensor? last, Tensor? cond_lane, "
@@ -250,20 +246,24 @@ def _reverse_step(
 ) -> None:
     from fastdiff.kernels.reverse_step import Step
 
-    *small, noise, x0_scale, known, mask, preview = rest
-    state = (_flat(x), _flat(registers, 2), _flat(_dense(out)), _flat(u))
+    *small, noise, threshold, known, mask, preview = rest
+    state, small = (_flat(x), _flat(registers, 2), _flat(_dense(out)), _flat(u)), [*map(_dense, small)]
     bits = mask if mask is None or mask.dtype == torch.uint8 else mask.view(torch.uint8)
     image = (_flat(_dense(a)) for a in (known, bits))
-    operands = (*state, *map(_dense, small), _flat(_dense(noise)), _dense(x0_scale), *image, _flat(preview))
+    x0_scale = _x0_scale(state[0], state[2], small) if threshold else None
+    operands = (*state, *small, _flat(_dense(noise)), x0_scale, *image, _flat(preview))
     _run("reverse_step", x.device, Step._make(operands))
 
 
-def _threshold(x0_scale: torch.Tensor, x: torch.Tensor, out: torch.Tensor, *small: Any) -> None:
+def _x0_scale(x: torch.Tensor, out: torch.Tensor, small: list[Any]) -> torch.Tensor:
+    """The factors of dynamic thresholding, 1 where a slot has none."""
     from fastdiff.kernels.threshold import BINS, PASSES, Threshold
 
+    coef, plan, row, _, _, *lanes = small
+    scale = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
     counts = torch.empty(x.shape[0], PASSES + 1, BINS, dtype=torch.int32, device=x.device)
-    operands = (x0_scale, counts, _flat(_dense(x)), _flat(_dense(out)), *map(_dense, small))
-    _run("threshold", x.device, Threshold._make(operands))
+    _run("threshold", x.device, Threshold(scale, counts, x, out, coef, plan, row, *lanes))
+    return scale
 
 
 def _advance(
@@ -286,7 +286,6 @@ _register("q_sample", _q_sample, _q_sample_fake)
 _register("denoising_loss", _denoising_loss, _denoising_loss_fake)
 _register("vlb_terms", _vlb_terms, _vlb_terms_fake)
 _register("reverse_step_", _reverse_step, lambda *operands: None)
-_register("threshold_", _threshold, lambda *operands: None)
 _register("advance_", _advance, lambda *operands: None)
 for _name, _backward, _setup in (
     ("q_sample", _q_sample_backward, _q_sample_setup),

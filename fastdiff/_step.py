@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -122,9 +123,8 @@ def reverse_step(
     ):
         if lane is not None:
             require(name, lane, dtype=dtype, device=x.device, shape=(batch,))
-    for name, given in (("noise", noise), ("known", known), ("preview", preview)):
+    for name, given, dense in (("noise", noise, False), ("known", known, False), ("preview", preview, True)):
         if given is not None:
-            dense = name == "preview"
             require(name, given, dtype=torch.float32, device=x.device, shape=tuple(x.shape), dense=dense)
     if (known is None) != (mask is None):
         raise ValueError("`known` and `mask` belong together; give both or none")
@@ -133,15 +133,14 @@ def reverse_step(
         if mask.dtype not in (torch.bool, torch.uint8):
             raise ValueError(f"`mask` must be bool or uint8, got {mask.dtype}; say `mask >= 0.5`")
     key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, x.device)
-    rows = (table.coef, table.plan, row)
-    lanes_of = (cond_lane, uncond_lane, guidance_scale)
-    x0_scale = None
-    if table.threshold:
-        x0_scale = x.new_ones(batch)
-        torch.ops.fastdiff.threshold_(x0_scale, x, out, *rows, *lanes_of)
+    if table.threshold and math.prod(sample) >= 2**31:
+        raise ValueError(
+            f"`x` must have less than 2^31 elements a sample where a table thresholds, got {list(x.shape)}"
+        )
     torch.ops.fastdiff.reverse_step_(
-        x, registers, out, u, *rows, key, ids, *lanes_of, noise, x0_scale, known, mask, preview
-    )
+        x, registers, out, u, table.coef, table.plan, row, key, ids, cond_lane, uncond_lane, guidance_scale,
+        noise, table.threshold, known, mask, preview,
+    )  # fmt: skip
     return x
 
 

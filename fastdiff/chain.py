@@ -39,7 +39,6 @@ class Batch:
         cond: the network's arguments by lane.
         known, mask: [num, ...] the part of an image that is kept (bool mask), or None.
         x0: [num, ...] float32, the network's x0 of the last row, or None where nobody looks at it.
-        x0_scale: [num] float32 of dynamic thresholding, or None without it.
     """
 
     x: torch.Tensor
@@ -54,7 +53,6 @@ class Batch:
     known: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     x0: torch.Tensor | None = None
-    x0_scale: torch.Tensor | None = None
 
 
 class Program:
@@ -119,7 +117,6 @@ class Program:
             known=known[0] if known else None,
             mask=known[1] if known else None,
             x0=torch.empty_like(x) if preview else None,
-            x0_scale=x.new_ones(num) if self._packed.threshold else None,
         )
         self._feed(batch)
         return batch
@@ -148,13 +145,10 @@ class Program:
         batch.t.fill_(int(self.table.t[row]) if self._whole_times else float(self.table.t[row]))
         out = prediction_of(model(batch.u, batch.t, **batch.cond))
         self._check_output(out, batch.u.shape)
-        rows = (self._packed.coef, self._packed.plan, batch.row)
-        lanes = (batch.lanes.cond, batch.lanes.uncond, batch.lanes.scale)
-        if batch.x0_scale is not None:
-            torch.ops.fastdiff.threshold_(batch.x0_scale, batch.x, out, *rows, *lanes)
         torch.ops.fastdiff.reverse_step_(
-            batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, *rows, batch.seed,
-            batch.sample_id, *lanes, noise, batch.x0_scale, batch.known, batch.mask, batch.x0,
+            batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, self._packed.coef,
+            self._packed.plan, batch.row, batch.seed, batch.sample_id, batch.lanes.cond, batch.lanes.uncond,
+            batch.lanes.scale, noise, self._packed.threshold, batch.known, batch.mask, batch.x0,
         )  # fmt: skip
 
     def _check_output(self, out: torch.Tensor, given: torch.Size) -> None:

@@ -32,6 +32,21 @@ def steps_of(table: SamplingTable) -> list[tuple[int, int]]:
     return list(zip([0, *(last + 1 for last in lasts[:-1])], lasts, strict=True))
 
 
+def require_levels(argument: str, table: SamplingTable) -> None:
+    """Refuse to edit a chain that does not say how noisy its states are, or that makes them noisier.
+
+    Raises:
+        ValueError: a table without noise levels, or one that runs from clean to noisy.
+    """
+    if not table.sigma.any():
+        why = "does not say how noisy its states are (alpha 1, sigma 0), so an image has no place in it"
+    elif table.sigma[-1] * table.alpha[0] > table.sigma[0] * table.alpha[-1]:
+        why = "runs from clean to noisy"
+    else:
+        return
+    raise ValueError(f"`{argument}` needs a chain that removes noise, but {table.name!r} {why}")
+
+
 def carries(table: SamplingTable) -> np.ndarray:
     """[rows] bool, whether registers that a row starts with are read there or later: a solver's history."""
     live = np.zeros((table.num_rows + 1, table.registers), bool)
@@ -97,6 +112,8 @@ def repeated(table: SamplingTable, times: int) -> tuple[SamplingTable, dict[int,
         for run in range(runs):
             order += range(first, last + 1)
             ending = Ending(float(table.alpha[last + 1]), float(table.sigma[last + 1]))
+            if (first, last) == steps[-1]:
+                ending = Ending(1.0, 0.0)  # exact, though some imported chains end a little noisy
             if run < runs - 1:
                 alpha, sigma = float(table.alpha[first]), float(table.sigma[first])
                 ratio = alpha / ending.alpha

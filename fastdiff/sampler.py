@@ -16,7 +16,7 @@ import torch
 
 from fastdiff import editing, ops
 from fastdiff.chain import Batch, Program, evaluating
-from fastdiff.clip import Clip, clip_of
+from fastdiff.clip import Clip, clip_from_config
 from fastdiff.lanes import Condition, Lanes, conditions, has_null_class
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import UNet, load_config
@@ -159,7 +159,7 @@ class Sampler:
             )
         settings["schedule"] = NoiseSchedule.from_config(settings["schedule"])
         if "clip" in settings:
-            settings["clip"] = clip_of(settings["clip"])
+            settings["clip"] = clip_from_config(settings["clip"])
         model = UNet.from_pretrained(name).to(device=device, dtype=dtype).eval()
         if "table" in overrides:
             settings = {"shape": settings["shape"]}
@@ -198,8 +198,8 @@ class Sampler:
                 networks must give it.
             guidance_scale: w of out = uncond + w (cond - uncond), one for all or [num]; 1 evaluates the
                 network once.
-            noise: [rows, num, ...] normals used in place of the drawn ones, row r in row r of the table that
-                runs: `strength` shortens it, `resample` repeats its rows.
+            noise: [rows, num, ...] normals used in place of the steps' own, row r in row r of the table that
+                runs: `strength` shortens it, `resample` repeats its rows. Known pixels keep noise of theirs.
             x_T: [num, ...] the state at the first level itself.
             init: [num, ...] or one for all, an image to start from part of the way down the chain (SDEdit).
             strength: how much of the chain runs from there, in (0, 1]: its last round(strength * steps)
@@ -287,6 +287,7 @@ class Sampler:
 
     def _edit(self, strength: float | None, resample: int) -> Program:
         """The program of a call that starts from an image or keeps a part of one."""
+        editing.require_levels("known" if strength is None else "strength", self.table)
         steps = all_steps = len(editing.steps_of(self.table))
         if strength is not None:
             if not 0.0 < strength <= 1.0:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from dataclasses import replace as _replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from fastdiff.clip import Clip, DynamicThreshold, clip_of, clipped
+from fastdiff.clip import Clip, DynamicThreshold, clip_from_config, clip_of, clip_to_config, clipped
 from fastdiff.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class SamplingTable:
         columns = {name: getattr(self, name) for name in (*_HEAD, "from_state", *_BODY)}
         clip, threshold = self.clip, None
         if isinstance(clip, DynamicThreshold):
-            threshold, clip = (clip.quantile, clip.largest), None
+            threshold, clip = (clip.quantile, clip.largest or np.inf), None
         return layout.pack(
             **columns,
             clip=clip,
@@ -286,8 +286,7 @@ class SamplingTable:
         """Write the table to `path` (safetensors, JSON for what is no array), bit for bit and atomically."""
         tensors = {name: torch.tensor(getattr(self, name)) for name in _ARRAYS}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
-        if isinstance(self.clip, DynamicThreshold):
-            rest["clip"] = asdict(self.clip)
+        rest["clip"] = clip_to_config(self.clip)
         save_tensors(path, tensors, {"format": _FORMAT, "table": json.dumps(rest)})
 
     @classmethod
@@ -308,7 +307,7 @@ class SamplingTable:
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         try:
             rest = json.loads(metadata["table"])
-            rest["clip"] = clip_of(rest["clip"])
+            rest["clip"] = clip_from_config(rest["clip"])
             rest["exempt"] = tuple(rest["exempt"])
             return cls(**arrays, **rest)
         except (KeyError, TypeError, ValueError) as error:

@@ -37,3 +37,15 @@ def cut(batch: int, n: int, *tensors: torch.Tensor | None) -> tuple[tuple[int, i
 def first_element(BLOCK: tl.constexpr):
     """The first element of its sample that this program takes, int64."""
     return (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)).to(tl.int64) * BLOCK
+
+
+@jit
+def slot_row(slot, row_ptr, cond_ptr, num_rows, LANES: tl.constexpr):
+    """The slot's row, the idle one where it is out of range or has no lane, and its lane of the network."""
+    row = tl.load(row_ptr + slot)
+    row = tl.where((row < 0) | (row > num_rows), num_rows, row)
+    lane = slot
+    if LANES:
+        lane = tl.load(cond_ptr + slot).to(tl.int64)
+        row = tl.where(lane < 0, num_rows, row)
+    return row.to(tl.int64), lane

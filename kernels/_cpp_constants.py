@@ -16,7 +16,7 @@ def constants() -> str:
         layout: "DRAW READS WRITES QUANTILE PLAN_WIDTH HEAD C_IN_NEXT X0_FROM_X X0_FROM_OUT CLIP_LO CLIP_HI "
         "LOG_VAR_MIN LOG_VAR_MAX LARGEST KNOWN_ALPHA KNOWN_SIGMA FREE_RATIO FREE_STD MAX_REGISTERS READS_OUT "
         "READS_X0 READS_NOISE READS_LEARNED READS_CLIP READS_THRESHOLD READS_KNOWN READS_KNOWN_NOISE "
-        "WRITES_U QUANTILE_BITS QUANTILE_UNIT",
+        "WRITES_U WRITES_X0 QUANTILE_BITS QUANTILE_UNIT",
     }
     lines = [_constant(name, getattr(m, name)) for m, listed in names.items() for name in listed.split()]
     return "#include <cstdint>\n" + "\n".join(lines) + "\n"

@@ -77,7 +77,8 @@ def _step_part(
 ) -> None:
     """The formula for a run of slots at one row and a stretch of their elements."""
     reads, writes = plan[layout.READS], plan[layout.WRITES]
-    if s.preview is not None:
+    preview = s.preview if writes & layout.WRITES_X0 else None
+    if preview is not None:
         reads |= 1 | layout.READS_OUT | layout.READS_X0
     views = [s.x[slots, part]] + ([] if s.registers is None else [r[slots, part] for r in s.registers])
     k = len(views) - 1
@@ -89,8 +90,8 @@ def _step_part(
             x0 = x0 * s.x0_scale[slots, None]
         if reads & layout.READS_CLIP:
             x0 = x0.clamp(coef[layout.CLIP_LO], coef[layout.CLIP_HI])
-        if s.preview is not None:
-            s.preview[slots, part] = x0
+        if preview is not None:
+            preview[slots, part] = x0
     z = _noise(s, coef, plan, slots, lanes, part) if reads & layout.READS_NOISE else None
     feeds_u = s.u is not None and writes & layout.WRITES_U != 0
     new: list[Any] = []
@@ -136,9 +137,8 @@ def _keep_known(
     if plan[layout.READS] & layout.READS_KNOWN_NOISE:
         y = _drawn(s, plan, slots, part, DOMAIN_KNOWN)
     kept = _sum(coef[layout.KNOWN_ALPHA : layout.KNOWN_SIGMA + 1], [s.known[slots, part], y], x)
-    if y is not None and coef[layout.FREE_STD] != 0.0:
-        x = coef[layout.FREE_RATIO] * x + coef[layout.FREE_STD] * y
-    return torch.where(s.mask[slots, part] != 0, kept, x)
+    free = _sum(coef[layout.FREE_RATIO : layout.FREE_STD + 1], [x, y], x)
+    return torch.where(s.mask[slots, part] != 0, kept, free)
 
 
 def _gather(a: torch.Tensor, lanes: list[int], part: slice) -> torch.Tensor:

@@ -36,7 +36,7 @@ def reverse_step_reference(s: Step) -> None:
         if s.x0_scale is not None and int(s.plan[at, layout.READS]) & layout.READS_THRESHOLD:
             x0 = x0 * s.x0_scale[b].double()
         x0 = x0.clamp(a[layout.CLIP_LO], a[layout.CLIP_HI])
-        if s.preview is not None:
+        if s.preview is not None and int(s.plan[at, layout.WRITES]) & layout.WRITES_X0:
             s.preview[b] = x0
         key = (s.seed[b : b + 1], s.sample_id[b : b + 1], s.plan[at, layout.DRAW].reshape(1).long())
         if s.noise is not None:

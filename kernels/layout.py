@@ -34,7 +34,7 @@ MAX_REGISTERS = 7
 # bits 0..7 of READS: state k is read; bits 0..7 of WRITES: state j changes
 READS_OUT, READS_X0, READS_NOISE, READS_LEARNED, READS_CLIP = 1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12
 READS_THRESHOLD, READS_KNOWN, READS_KNOWN_NOISE = 1 << 13, 1 << 14, 1 << 15
-WRITES_U = 1 << 8
+WRITES_U, WRITES_X0 = 1 << 8, 1 << 9  # WRITES_X0: the row is no idle one, so that it has a preview
 
 
 def width(registers: int) -> int:
@@ -152,6 +152,7 @@ def pack(
     plan[:rows, DRAW] = np.arange(rows) if draw is None else draw
     ended = np.isin(np.arange(rows + 1), list(endings or ()))
     plan[:, READS], plan[:, WRITES] = _plan(coef, outputs, ended)
+    plan[:rows, WRITES] |= WRITES_X0
     if clip is not None:
         plan[:rows, READS] |= READS_CLIP
     if threshold is not None:

@@ -21,14 +21,14 @@ inline void predict_x0(float* x0, const float* a, const float* x, const float* o
 
 // x after a row that ends a step, with its known part; z is null where nothing is drawn
 inline void keep_known(float* x, const float* a, const float* known, const uint8_t* mask, const float* z, int count) {
-  float kept[BLOCK];
+  float kept[BLOCK], free[BLOCK];
   std::fill(kept, kept + count, -0.0f);
+  std::fill(free, free + count, -0.0f);
   add_term(kept, a[KNOWN_ALPHA], known, count);
+  add_term(free, a[FREE_RATIO], x, count);
   if (z) add_term(kept, a[KNOWN_SIGMA], z, count);
-  const float ratio = a[FREE_RATIO], std = a[FREE_STD];
-  if (z && std != 0.0f)
-    for (int i = 0; i < count; i++) x[i] = ratio * x[i] + std * z[i];
-  for (int i = 0; i < count; i++) x[i] = mask[i] ? kept[i] : x[i];
+  if (z) add_term(free, a[FREE_STD], z, count);
+  for (int i = 0; i < count; i++) x[i] = mask[i] ? kept[i] : free[i];
 }
 
 }  // namespace
@@ -50,7 +50,8 @@ void fd_reverse_step(float* x, float* regs, const void* out, void* u, const floa
     const int64_t cond_lane = cond ? cond[b] : b, uncond_lane = uncond ? uncond[b] : -1;
     const float* a = coef + at * width;
     const int32_t *p = plan + at * PLAN_WIDTH, writes = p[WRITES];
-    const int32_t reads = p[READS] | (preview && at < rows ? 1 | READS_OUT | READS_X0 : 0);
+    const bool previewed = preview && writes & WRITES_X0;
+    const int32_t reads = p[READS] | (previewed ? 1 | READS_OUT | READS_X0 : 0);
     if (cond_lane < 0 || (reads | writes) == 0) continue;
     float state[MAX_REGISTERS + 1][BLOCK], guided[BLOCK], x0[BLOCK], z[BLOCK], sum[BLOCK], room[2][BLOCK];
     const float* o = nullptr;
@@ -68,7 +69,7 @@ void fd_reverse_step(float* x, float* regs, const void* out, void* u, const floa
         const float lo = a[CLIP_LO], hi = a[CLIP_HI];
         for (int i = 0; i < count; i++) x0[i] = x0[i] < lo ? lo : x0[i] > hi ? hi : x0[i];
       }
-      if (preview) std::copy(x0, x0 + count, preview + base);
+      if (previewed) std::copy(x0, x0 + count, preview + base);
     }
     if (reads & READS_NOISE) {
       if (noise) std::copy(noise + base, noise + base + count, z);
@@ -115,15 +116,19 @@ void fd_reverse_step(float* x, float* regs, const void* out, void* u, const floa
 void fd_threshold(float* x0_scale, const float* x, const void* out, const float* coef, const int32_t* plan, const int32_t* row,
                   const int32_t* cond, const int32_t* uncond, const float* scale, int64_t batch, int64_t n, int64_t lane, int64_t rows,
                   int64_t width, int bfloat16, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (batch > 1 && batch * n > SERIAL)
+  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
+  const bool by_sample = batch >= threads;  // else the threads share each sample's x0
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (by_sample && batch * n > SERIAL)
   for (int64_t b = 0; b < batch; b++) {
     const int64_t at = row[b] < 0 || row[b] > rows ? rows : row[b];
     const int64_t cond_lane = cond ? cond[b] : b, uncond_lane = uncond ? uncond[b] : -1;
     const float* a = coef + at * width;
     const int32_t* p = plan + at * PLAN_WIDTH;
-    if (cond_lane < 0 || !(p[READS] & READS_THRESHOLD)) continue;
+    if (n == 0 || cond_lane < 0 || !(p[READS] & READS_THRESHOLD)) continue;
     std::vector<uint32_t> size(n);  // |x0| in the order of its bits
-    for (int64_t start = 0; start < n; start += BLOCK) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (!by_sample && n > SERIAL)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      const int64_t start = chunk * BLOCK;
       const int count = (int)std::min<int64_t>(BLOCK, n - start);
       float guided[BLOCK], x0[BLOCK], room[2][BLOCK];
       const float* o = guided_out(out, cond_lane, uncond_lane, scale, b, start, count, lane, bfloat16, room, guided);
@@ -134,8 +139,8 @@ void fd_threshold(float* x0_scale, const float* x, const void* out, const float*
     const float weight = (float)(position & ((1 << QUANTILE_BITS) - 1)) * QUANTILE_UNIT;
     std::nth_element(size.begin(), size.begin() + rank, size.end());
     const float low = as_float((int32_t)size[rank]);
-    float q = low;
-    if (rank + 1 < n) q = low + weight * (as_float((int32_t)*std::min_element(size.begin() + rank + 1, size.end())) - low);
+    const float high = rank + 1 < n ? as_float((int32_t)*std::min_element(size.begin() + rank + 1, size.end())) : low;
+    float q = weight == 0.0f || high == low ? low : low + weight * (high - low);
     q = q < 1.0f ? 1.0f : q;
     x0_scale[b] = 1.0f / (q > a[LARGEST] ? a[LARGEST] : q);
   }

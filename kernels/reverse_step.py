@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, layout
-from ._blocks import cut, first_element
+from ._blocks import cut, first_element, slot_row
 from ._reverse_step_cpu import step_eager, step_native
 from ._reverse_step_reference import reverse_step_reference
 from ._triton import jit, tl
@@ -89,7 +89,7 @@ _X0_FROM_X, _X0_FROM_OUT = tl.constexpr(layout.X0_FROM_X), tl.constexpr(layout.X
 _CLIP_LO, _CLIP_HI = tl.constexpr(layout.CLIP_LO), tl.constexpr(layout.CLIP_HI)
 _LOG_VAR_MIN, _LOG_VAR_MAX = tl.constexpr(layout.LOG_VAR_MIN), tl.constexpr(layout.LOG_VAR_MAX)
 _READS_OUT, _READS_NOISE = tl.constexpr(layout.READS_OUT), tl.constexpr(layout.READS_NOISE)
-_WRITES_U = tl.constexpr(layout.WRITES_U)
+_WRITES_U, _WRITES_X0 = tl.constexpr(layout.WRITES_U), tl.constexpr(layout.WRITES_X0)
 _READS_LEARNED, _READS_CLIP = tl.constexpr(layout.READS_LEARNED), tl.constexpr(layout.READS_CLIP)
 _READS_THRESHOLD, _READS_KNOWN = tl.constexpr(layout.READS_THRESHOLD), tl.constexpr(layout.READS_KNOWN)
 _READS_KNOWN_NOISE = tl.constexpr(layout.READS_KNOWN_NOISE)
@@ -110,18 +110,13 @@ def _reverse_step_kernel(
     PREVIEW: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
-    row = tl.load(row_ptr + slot)
-    row = tl.where((row < 0) | (row > num_rows), num_rows, row)
-    lane = slot
-    if LANES:
-        lane = tl.load(cond_ptr + slot).to(tl.int64)
-        row = tl.where(lane < 0, num_rows, row)  # a slot without a lane is idle
-    plan_ptr += row.to(tl.int64) * _PLAN_WIDTH
-    coef_ptr += row.to(tl.int64) * (_HEAD + (K + 1) * (K + 4))
+    row, lane = slot_row(slot, row_ptr, cond_ptr, num_rows, LANES)
+    plan_ptr += row * _PLAN_WIDTH
+    coef_ptr += row * (_HEAD + (K + 1) * (K + 4))
     reads = tl.load(plan_ptr + _READS)
     writes = tl.load(plan_ptr + _WRITES)
     if PREVIEW:  # x0 of every row, whether the step needs it or not
-        reads = tl.where(row < num_rows, reads | 1 | _READS_OUT, reads)
+        reads = tl.where((writes & _WRITES_X0) != 0, reads | 1 | _READS_OUT, reads)
     # scalars before the elements, whose loads then wait for one latency and not for several
     draw = tl.load(plan_ptr + _DRAW).to(tl.uint32)
     sample_id = tl.load(sample_id_ptr + slot).to(tl.uint32)
@@ -159,7 +154,7 @@ def _reverse_step_kernel(
     if (reads & _READS_CLIP) != 0:
         x0 = tl.clamp(x0, clip_lo, clip_hi, propagate_nan=tl.PropagateNan.ALL)
     if PREVIEW:
-        tl.store(preview_ptr + own + offset, x0, mask=inside & (row < num_rows))
+        tl.store(preview_ptr + own + offset, x0, mask=inside & ((writes & _WRITES_X0) != 0))
 
     z = tl.zeros((BLOCK,), tl.float32)
     if (reads & _READS_NOISE) != 0:
@@ -185,12 +180,11 @@ def _reverse_step_kernel(
             if KNOWN and (reads & _READS_KNOWN) != 0:
                 kept = tl.load(known_ptr + own + offset, mask=inside, other=0.0)
                 kept = first_term(tl.load(coef_ptr + _KNOWN_ALPHA), kept)
-                std = tl.load(coef_ptr + _FREE_STD)
+                total = first_term(tl.load(coef_ptr + _FREE_RATIO), total)
                 if (reads & _READS_KNOWN_NOISE) != 0:
                     y = normal_block(start, draw, sample_id, _DOMAIN_KNOWN, seed, BLOCK, WIDTH)
                     kept = add_term(kept, tl.load(coef_ptr + _KNOWN_SIGMA), y)
-                    if std != 0.0:
-                        total = tl.load(coef_ptr + _FREE_RATIO) * total + std * y
+                    total = add_term(total, tl.load(coef_ptr + _FREE_STD), y)
                 chosen = tl.load(mask_ptr + own + offset, mask=inside, other=0) != 0
                 total = tl.where(chosen, kept, total)
             tl.store(x_ptr + own + offset, total, mask=written)

@@ -1,13 +1,13 @@
 """Dynamic thresholding: the factor that brings the quantile of a sample's |x0| back to 1, slot by slot.
 
     x0       = x0_from_x x + x0_from_out out                                          before any clip
-    q        = v_k + w (v_{k+1} - v_k),   k + w = quantile (N - 1),   v the sorted |x0|
+    q        = v_k + w (v_{k+1} - v_k), v_k where w is 0,   k + w = quantile (N - 1),   v the sorted |x0|
     x0_scale = 1 / min(max(q, 1), largest)
 
 `reverse_step` then takes x0 = clamp(x0_scale x0, -1, 1). The order statistics are exact: a radix select over
 the bits of |x0|, whose order is that of the numbers, in four histograms of 8 bits and one minimum, each a
 launch over all elements; they are counted with integer atomics, so no order of programs shows in the result.
-A NaN lies above infinity.
+A NaN lies above infinity. A sample has less than 2^31 elements.
 
 Source: Saharia et al. 2022 (arXiv 2205.11487), sec. 2.3; the quantile is linear, as torch.quantile's.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from . import cpu, layout
-from ._blocks import cut, first_element
+from ._blocks import cut, first_element, slot_row
 from ._reverse_step_cpu import guided_out, predict_x0, runs
 from ._triton import jit, tl
 from .exact import add_term, first_term
@@ -34,13 +34,13 @@ class Threshold(NamedTuple):
 
     Attributes:
         x0_scale: [B] float32. Written for slots whose row thresholds, which all others leave alone.
-        counts: [B, 5, 256] int32 scratch of the Triton kernels. Overwritten; None on the CPU.
+        counts: [B, 5, 256] int32 scratch of the Triton kernels. Overwritten.
         x: [B, N] float32, dense. Read.
         out, coef, plan, row, cond_lane, uncond_lane, guidance_scale: as in `Step`.
     """
 
     x0_scale: torch.Tensor
-    counts: torch.Tensor | None
+    counts: torch.Tensor
     x: torch.Tensor
     out: torch.Tensor
     coef: torch.Tensor
@@ -62,18 +62,6 @@ _READS_THRESHOLD, _LARGEST = tl.constexpr(layout.READS_THRESHOLD), tl.constexpr(
 _X0_FROM_X, _X0_FROM_OUT = tl.constexpr(layout.X0_FROM_X), tl.constexpr(layout.X0_FROM_OUT)
 _BITS, _UNIT = tl.constexpr(layout.QUANTILE_BITS), tl.constexpr(layout.QUANTILE_UNIT)
 _FRACTION = tl.constexpr((1 << layout.QUANTILE_BITS) - 1)
-
-
-@jit
-def _slot_row(slot, row_ptr, cond_ptr, num_rows, LANES: tl.constexpr):
-    """The slot's row, the idle one where it has none, and its lane."""
-    row = tl.load(row_ptr + slot)
-    row = tl.where((row < 0) | (row > num_rows), num_rows, row)
-    lane = slot
-    if LANES:
-        lane = tl.load(cond_ptr + slot).to(tl.int64)
-        row = tl.where(lane < 0, num_rows, row)
-    return row.to(tl.int64), lane
 
 
 @jit
@@ -105,7 +93,7 @@ def _count_kernel(
     PASS: tl.constexpr, LANES: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
-    row, lane = _slot_row(slot, row_ptr, cond_ptr, num_rows, LANES)
+    row, lane = slot_row(slot, row_ptr, cond_ptr, num_rows, LANES)
     plan_ptr += row * _PLAN_WIDTH
     coef_ptr += row * width
     if (tl.load(plan_ptr + _READS) & _READS_THRESHOLD) != 0:
@@ -144,7 +132,7 @@ def _scale_kernel(
     x0_scale_ptr, coef_ptr, plan_ptr, row_ptr, cond_ptr, counts_ptr, num_rows, n, width, LANES: tl.constexpr
 ):
     slot = tl.program_id(0).to(tl.int64)
-    row, _ = _slot_row(slot, row_ptr, cond_ptr, num_rows, LANES)
+    row, _ = slot_row(slot, row_ptr, cond_ptr, num_rows, LANES)
     plan_ptr += row * _PLAN_WIDTH
     if (tl.load(plan_ptr + _READS) & _READS_THRESHOLD) != 0:
         position = tl.load(plan_ptr + _QUANTILE).to(tl.int64) * (n - 1)
@@ -155,7 +143,7 @@ def _scale_kernel(
         above = tl.load(counts_ptr + _PASSES * _BINS)
         last = (position >> _BITS) == n - 1
         high = tl.where((rank + 1 < here) | last, bits, above).to(tl.float32, bitcast=True)
-        q = low + weight * (high - low)
+        q = tl.where((weight == 0.0) | (high == low), low, low + weight * (high - low))
         q = tl.where(q < 1.0, 1.0, q)
         largest = tl.load(coef_ptr + row * width + _LARGEST)
         q = tl.where(q > largest, largest, q)
@@ -168,9 +156,8 @@ def threshold_triton(s: Threshold) -> None:
     if not s.x.numel():
         return
     out, counts = s.out.contiguous(), s.counts
-    assert counts is not None
     counts.zero_()
-    counts[:, PASSES] = 2**31 - 1
+    counts[:, PASSES].fill_(2**31 - 1)
     grid, options = cut(batch, n, out)
     del options["WIDTH"]
     rows = (s.coef, s.plan, s.row, s.cond_lane)
@@ -212,7 +199,7 @@ def threshold_eager(s: Threshold) -> None:
     n = s.x.shape[1]
     for slots, row, lanes, uncond_lanes in runs(s):
         coef, plan = s.coef[row].tolist(), s.plan[row].tolist()
-        if not plan[layout.READS] & layout.READS_THRESHOLD:
+        if not n or not plan[layout.READS] & layout.READS_THRESHOLD:
             continue
         k, rest = divmod(plan[layout.QUANTILE] * (n - 1), 1 << layout.QUANTILE_BITS)
         weight = np.float32(rest) * np.float32(layout.QUANTILE_UNIT)
@@ -223,7 +210,7 @@ def threshold_eager(s: Threshold) -> None:
             bits = predict_x0(coef, s.x[some], out)[0].cpu().numpy().view(np.int32) & np.int32(0x7FFFFFFF)
             ranks = [k, min(k + 1, n - 1)]  # of the bits, whose order is that of the numbers
             low, high = np.partition(bits, ranks)[ranks].view(np.float32)
-            q = low + weight * (high - low)
+            q = low if weight == 0.0 or high == low else low + weight * (high - low)
             q = np.float32(1.0) if q < 1.0 else q
             s.x0_scale[b] = float(np.float32(1.0) / (largest if q > largest else q))
 

@@ -127,7 +127,7 @@ def random_table(
 
 
 # what follows the rows of a table where a part of the image is known: noised on both sides, clean, noised
-ENDINGS = {0: (0.7, 0.6, 0.9, 0.4), 2: (1.0, 0.0, 1.0, 0.0), 3: (0.4, 0.8, 1.0, 0.0)}
+ENDINGS = {0: (0.7, 0.6, 0.9, 0.4), 2: (1.0, 0.0, 1.0, 0.0), 3: (0.4, 0.8, 0.5, 0.0), 4: (0.0, 1.0, 0.0, 1.0)}
 
 
 def columns(rows: int, registers: int = 0, **values: float) -> dict[str, np.ndarray]:

@@ -162,7 +162,7 @@ def test_what_killed_builds_left_is_swept(fresh: Path) -> None:
 def test_a_forked_child_builds_for_itself(fresh: Path) -> None:
     code = """
 import os
-from fastdiff.kernels import _cpp_constants, cpu
+from fastdiff.kernels import cpu
 cpu.library()
 child = os.fork()
 if child == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -318,6 +319,26 @@ def test_a_bad_edit_is_refused_before_the_network_runs(arguments: dict, named: s
     chain = fd.Sampler(never, SCHEDULE, solver="ddpm", steps=6, shape=SHAPE)
     with pytest.raises(ValueError, match=named):
         chain.sample(2, **arguments)
+
+
+@pytest.mark.parametrize("given", [dict(init=PICTURE, strength=0.5), dict(known=PICTURE, mask=LEFT)])
+def test_a_chain_that_does_not_remove_noise_cannot_be_edited(given: dict) -> None:
+    table = sampler("ddim").table
+    flat = replace(table, alpha=np.ones(7), sigma=np.zeros(7), exempt=("mean", "noise"), name="flat")
+    upward = replace(table, alpha=table.alpha[::-1], sigma=table.sigma[::-1], exempt=("mean", "noise"))
+    for wrong, why in ((flat, "'flat' does not say how noisy"), (upward, "runs from clean to noisy")):
+        argument = "strength" if "strength" in given else "known"
+        with pytest.raises(ValueError, match=f"`{argument}` needs a chain that removes noise, but .*{why}"):
+            fd.Sampler(smooth, table=wrong, shape=SHAPE).sample(1, **given)
+
+
+def test_known_pixels_come_out_exact_from_a_chain_that_ends_a_little_noisy() -> None:
+    levels = sampler("ddim").table
+    alpha, sigma = levels.alpha.copy(), levels.sigma.copy()
+    alpha[-1], sigma[-1] = 0.99, math.sqrt(1 - 0.99**2)
+    noisy = replace(levels, alpha=alpha, sigma=sigma, exempt=("mean", "noise"))
+    x = fd.Sampler(smooth, table=noisy, shape=SHAPE).sample(2, known=PICTURE, mask=LEFT)
+    assert torch.equal(x[..., :2], PICTURE.expand_as(x)[..., :2])
 
 
 @pytest.mark.parametrize("solver", sorted(HISTORY))

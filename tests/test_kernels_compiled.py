@@ -143,15 +143,35 @@ def test_kernels_compile_for_amd_without_spills() -> None:
 @pytest.mark.parametrize("n", [3 * 32 * 32, 2**31 + 16])
 def test_addresses_of_elements_have_64_bits(n: int) -> None:
     """Offsets of 32 bits lie within a block; what picks the block and the sample has 64."""
-    (launch,) = inspect.launches(lambda: _specialisations.reverse_step(3, guided=True, learned=True, n=n))
+    every = partial(_specialisations.reverse_step, 3, guided=True, learned=True, known=True, preview=True)
+    (launch,) = inspect.launches(partial(every, n=n))
     text = inspect.compile_for(launch, "sm_90").asm["ttir"]
     within_block = set(re.findall(r"(%\S+) = tt\.make_range", text))
     offsets = re.findall(r"tt\.addptr %\S+, (%\S+) : tensor<\d+x!tt\.ptr<\w+>>, tensor<\d+x(i\d+)>", text)
     assert offsets
     assert all(bits == "i64" or offset in within_block for offset, bits in offsets)
-    scalars = re.findall(r"tt\.addptr %(?:x|reg|out|u)_ptr\S*, %\S+ : !tt\.ptr<\w+>, (i\d+)", text)
+    scalars = re.findall(
+        r"tt\.addptr %(?:x|reg|out|u|known|mask|preview)_ptr\S*, %\S+ : !tt\.ptr<\w+>, (i\d+)", text
+    )
     assert scalars
     assert set(scalars) == {"i64"}
+
+
+def test_addresses_of_counted_elements_have_64_bits() -> None:
+    for launch in inspect.launches(lambda: _specialisations.threshold(n=2**31 - 16))[:-1]:
+        text = inspect.compile_for(launch, "sm_90").asm["ttir"]
+        scalars = re.findall(r"tt\.addptr %(?:x|out|counts)_ptr\S*, %\S+ : !tt\.ptr<\w+>, (i\d+)", text)
+        assert scalars
+        assert set(scalars) <= {"i64", "i32"}
+        assert scalars[0] == "i64"
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_scale_of_a_threshold_is_one_warp_without_spills(target: str) -> None:
+    launch = inspect.launches(_specialisations.threshold)[-1]
+    code = _machine_code.nvidia(inspect.compile_for(launch, target).asm["cubin"])
+    assert (code.spills, code.stack) == (0, 0)
+    assert len(code.executed) <= 1000
 
 
 def test_launcher_fits_the_limits_of_the_grid() -> None:

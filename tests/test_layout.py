@@ -15,14 +15,16 @@ from fastdiff.kernels.layout import (
     READS_OUT,
     READS_X0,
     WRITES_U,
+    WRITES_X0,
     pack,
 )
 
 
 def plan_of(*, rows: int = 1, clip: tuple[float, float] | None = None, **values: float) -> tuple[int, int]:
-    """READS and WRITES of the first row of a table of constants."""
+    """READS and WRITES of the first row of a table of constants, without what every row has."""
     plan = pack(**columns(rows, **values), clip=clip).plan[0]
-    return int(plan[layout.READS]), int(plan[layout.WRITES])
+    assert int(plan[layout.WRITES]) & WRITES_X0
+    return int(plan[layout.READS]), int(plan[layout.WRITES]) & ~WRITES_X0
 
 
 @pytest.mark.parametrize("registers", [0, 1, 5, layout.MAX_REGISTERS])
@@ -90,7 +92,7 @@ def test_a_row_with_an_ending_writes_the_state_and_draws_only_for_what_is_noisy(
     table = pack(**columns(3, from_state=1.0), endings=endings)
     known, noisy = layout.READS_KNOWN, layout.READS_KNOWN_NOISE
     assert table.plan[:, layout.READS].tolist() == [1 | known | noisy, 1 | known, 0, 0]
-    assert table.plan[:, layout.WRITES].tolist() == [1 | WRITES_U, 1 | WRITES_U, 0, 0]
+    assert table.plan[:, layout.WRITES].tolist() == [*[1 | WRITES_U | WRITES_X0] * 2, WRITES_X0, 0]
     assert table.coef[0, layout.KNOWN_ALPHA : layout.HEAD].tolist() == [0.5, 0.5, 1.0, 0.0]
 
 
@@ -105,7 +107,7 @@ def test_register_that_keeps_its_value_is_neither_read_nor_written() -> None:
     given["from_state"][0] = [[0.5, 0, 0], [0, 1, 0], [0.25, 0, 0]]
     plan = pack(**given).plan[0]
     assert int(plan[layout.READS]) == 0b001
-    assert int(plan[layout.WRITES]) == 0b101
+    assert int(plan[layout.WRITES]) & ~WRITES_X0 == 0b101
 
 
 def test_padding_adds_registers_that_stay_as_they_are() -> None:

@@ -40,7 +40,10 @@ def raw(given: dict[str, Any]) -> tuple[Any, ...]:
         table.plan,
         given["row"],
         *key,
-    ) + (None,) * 8
+        *[None] * 4,
+        table.threshold,
+        *[None] * 3,
+    )
 
 
 def test_operators_pass_opcheck() -> None:
@@ -55,10 +58,9 @@ def test_operators_pass_opcheck() -> None:
             opcheck(torch.ops.fastdiff.q_sample, args)
     given = operands()
     opcheck(torch.ops.fastdiff.reverse_step_, raw(given))
-    image = (torch.ones(2), torch.randn(2, *SHAPE), torch.ones(2, *SHAPE) > 0, torch.empty(2, *SHAPE))
-    opcheck(torch.ops.fastdiff.reverse_step_, (*raw(given)[:-4], *image))
-    rows = (TABLE.coef, TABLE.plan, given["row"], None, None, None)
-    opcheck(torch.ops.fastdiff.threshold_, (torch.ones(2), given["x"], given["out"], *rows))
+    given["table"] = random_table(1, 0, threshold=(0.9, 2.0), endings=ENDINGS)
+    image = (torch.randn(2, *SHAPE), torch.ones(2, *SHAPE) > 0, torch.empty(2, *SHAPE))
+    opcheck(torch.ops.fastdiff.reverse_step_, (*raw(given)[:-3], *image))
     row = TABLE.start(5)
     opcheck(
         torch.ops.fastdiff.advance_,

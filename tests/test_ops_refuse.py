@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import OP_SHAPE as SHAPE
 from kernel_cases import OP_TABLE as TABLE
-from kernel_cases import assert_same_bits, int32
+from kernel_cases import assert_same_bits, int32, random_table
 from kernel_cases import op_arguments as operands
 
 from fastdiff import ops
@@ -57,6 +57,12 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     (r"`guidance_scale` must be torch.float32 \[2\]", change(guidance_scale=torch.ones(2).double())),
     (r"`noise` must be torch.float32 \[2, 3, 4, 5\]", change(noise=torch.zeros(2, 60))),
     (r"`known` must be torch.float32 \[2, 3, 4, 5\]", change(known=torch.zeros(2, 60), mask=None)),
+    (
+        r"`x` must have less than 2\^31 elements a sample",
+        lambda: ops.reverse_step(
+            *[torch.empty(0, 2**31)] * 2, random_table(0, 0, threshold=(0.9, 2.0)), TABLE.start(0)
+        ),
+    ),
     (r"`known` and `mask` belong together", change(known=torch.zeros(2, *SHAPE))),
     (r"`mask` must be bool or uint8, got torch.float32", change(**dict.fromkeys(("known", "mask"), ZEROS))),
     (r"`preview` must be .*dense", change(preview=torch.zeros(2, 4, 5, 3).movedim(-1, 1))),

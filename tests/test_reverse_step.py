@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from kernel_cases import (
+    ENDINGS,
     INTERPRET_AND_GPU,
     OTHERS,
     SIZES,
@@ -182,8 +183,11 @@ def test_zero_coefficient_does_not_read_so_nan_never_appears(backend: str) -> No
 
 @pytest.mark.parametrize("backend", ["eager", *OTHERS])
 def test_idle_slots_keep_their_preview_and_read_no_image(backend: str) -> None:
-    step = random_step(1, batch=3, known=True, threshold=True, preview=True)
-    step.row.copy_(torch.tensor([0, step.idle, 2]))
+    """Idle is a slot at the last row of its own table, which in a joined one is not the last of all."""
+    table = random_table(1, 0, endings=ENDINGS, threshold=(0.9, 2.0))
+    joined = layout.join([table, random_table(1, 1)])
+    step = random_step(1, batch=3, known=True, threshold=True, preview=True, table=joined)
+    step.row.copy_(torch.tensor([0, table.num_rows, 2]))
     for tensor in (step.x, step.registers[0], step.known):
         tensor[1] = float("nan")
     step.x0_scale[1] = float("nan")

@@ -12,7 +12,7 @@ from chains import SCHEDULE, SHAPE, sampler, smooth
 from kernel_cases import OTHERS, SIZES, apply, assert_same_bits, columns, library, random_step
 
 import fastdiff as fd
-from fastdiff.clip import clipped
+from fastdiff.clip import clip_from_config, clipped
 from fastdiff.kernels import cpu, layout
 from fastdiff.kernels.threshold import (
     BINS,
@@ -90,11 +90,36 @@ def test_equal_and_extreme_values_are_ranked_right(backend: str) -> None:
         (9.0, 1.0, -1.0, 1.0, 5.0, -5.0, 5.0, 7.0): 5.0,  # the two in the middle alike
         (0.0, -0.0, 1e-40, 2.0, 4.0, 3e38, -3e38, INF): 3.0,  # denormal, infinite
         (1.0, 2.0, 3.0, 4.0, 5.0, float("nan"), 6.0, 7.0): 4.5,  # a NaN lies above
+        (INF, INF, INF, INF, 5.0, float("nan"), -INF, 7.0): INF,  # two infinities, whose difference is none
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8): 1.0,  # never below 1
     }
     for values, s in cases.items():
         given.x[0] = torch.tensor(values)
         assert_same_bits(scale_with(backend, given), 1.0 / torch.tensor([s]))
+
+
+@pytest.mark.parametrize("backend", ["eager", *OTHERS])
+@pytest.mark.parametrize("quantile", [0.5, 1.0])
+def test_a_rank_that_is_whole_looks_at_no_neighbour(backend: str, quantile: float) -> None:
+    given = operands(5, batch=1, quantile=quantile)._replace(coef=operands(5, batch=1).coef.clone())
+    given.row.zero_()
+    given.coef[:, layout.X0_FROM_X], given.coef[:, layout.X0_FROM_OUT] = 1.0, 0.0
+    for above in (INF, float("nan")):
+        given.x[0] = torch.tensor([1.0, above, 3.0, above, 2.0])
+        s = 3.0 if quantile == 0.5 else above
+        assert_same_bits(scale_with(backend, given), 1.0 / torch.tensor([s]))
+        clip = fd.DynamicThreshold(quantile)
+        expected = 3.0 / s if quantile == 0.5 else 0.0 if above == INF else float("nan")
+        assert np.array_equal(clipped(given.x.double(), clip)[0, 2], expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", *OTHERS])
+@pytest.mark.parametrize(("batch", "n"), [(0, 5), (2, 0)])
+def test_nothing_is_thresholded_without_harm(backend: str, batch: int, n: int) -> None:
+    given = operands(7, batch=2)
+    x, out = (torch.zeros(batch, n) for _ in range(2))
+    small = {name: getattr(given, name)[:batch] for name in ("x0_scale", "counts", "row")}
+    assert scale_with(backend, given._replace(x=x, out=out, **small)).isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["eager", "native", *OTHERS[2:]])
@@ -197,12 +222,25 @@ def test_tables_with_thresholds_are_saved_and_read_back(tmp_path) -> None:
         assert fd.SamplingTable.load(tmp_path / "t.safetensors").clip == clip
 
 
+def test_a_model_is_saved_with_its_threshold(tmp_path) -> None:
+    net = fd.UNet(1, model_channels=8, channel_mult=(1,), num_res_blocks=1)
+    clip = fd.DynamicThreshold(np.float32(0.5))
+    settings = {"schedule": SCHEDULE.to_config(), "shape": [1, 4, 4], "clip": clip}
+    net.save_pretrained(tmp_path / "net", diffusion=settings)
+    assert fd.Sampler.from_pretrained(str(tmp_path / "net"), steps=2).table.clip == clip
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: fd.DynamicThreshold(1.5), "`quantile` must be in"),
         (lambda: fd.DynamicThreshold(math.nan), "`quantile` must be in"),
         (lambda: fd.DynamicThreshold(0.9, largest=0.5), "`largest` must be at least 1"),
+        (lambda: fd.DynamicThreshold(0.9, largest=INF), "None for no limit, got inf"),
+        (lambda: fd.DynamicThreshold("most"), "`quantile` must be a number, got 'most'"),
+        (lambda: fd.DynamicThreshold(0.9, largest=[1]), r"`largest` must be a number, got \[1\]"),
+        (lambda: sampler("ddim", clip="12"), "`clip` must be None, "),
+        (lambda: clip_from_config({"q": 1}), "`clip` must hold a quantile and a largest value"),
         (lambda: sampler("ddim", clip="dynamic"), "`clip` must be None, "),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.clip import DynamicThreshold
+from fastdiff.clip import Clip, DynamicThreshold
 from fastdiff.solvers.prediction import prediction_columns
 
 _PREDICTIONS = {
@@ -30,14 +30,15 @@ def config_of(scheduler: Any, key: str) -> Any:
     return getattr(getattr(scheduler, "config", None), key, None)
 
 
-def threshold_of(scheduler: Any) -> DynamicThreshold:
-    """The dynamic thresholding that a scheduler's config describes.
+def threshold_of(scheduler: Any) -> Clip:
+    """The dynamic thresholding that a scheduler's config describes; with a largest value of 1 a plain range.
 
     Raises:
         ValueError: a quantile or a largest value out of its range.
     """
-    ratio, largest = (config_of(scheduler, k) for k in ("dynamic_thresholding_ratio", "sample_max_value"))
-    return DynamicThreshold(float(ratio), float(largest))
+    quantile, largest = (config_of(scheduler, k) for k in ("dynamic_thresholding_ratio", "sample_max_value"))
+    clip = DynamicThreshold(quantile, largest)
+    return (-1.0, 1.0) if clip.largest == 1 else clip
 
 
 def first_row(scheduler: Any) -> int:

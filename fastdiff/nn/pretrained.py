@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastdiff.clip import clip_to_config
 from fastdiff.files import atomic_path, load_tensors, read_json, sha256, to_json, write_tensors
 
 FORMAT = 1
@@ -60,7 +61,7 @@ def save_pretrained(
     config = {
         "format": FORMAT,
         "model": dict(arguments),
-        "diffusion": diffusion,
+        "diffusion": diffusion and {key: clip_to_config(value) for key, value in diffusion.items()},
         "about": about,
         "sha256": "",
     }
