@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Without `scale=`, pictures are enlarged by whole factors until their longer side has about this many pixels,
 # so that 8x8 digits can be seen; a strip has more columns and smaller pictures.
 _GRID_PIXELS, _STRIP_PIXELS = 64, 48
+_PART_COLOURS = ("#3f7f3f", "#c98a1b", "#c8452f", "#8f5aa8")
 
 
 def to_uint8(x: Tensor | np.ndarray) -> Tensor:
@@ -173,6 +174,7 @@ def save_curve(
     path: str | os.PathLike[str],
     steps: Sequence[int] | np.ndarray | None = None,
     title: str = "loss",
+    parts: Mapping[str, Sequence[float | None]] | None = None,
 ) -> Path:
     """Draw values over steps: every value light, their moving average dark.
 
@@ -184,6 +186,8 @@ def save_curve(
         path: file to write, as for `save_grid`.
         steps: [n] rising positions on the horizontal axis; None: 1..n.
         title: written above the curve.
+        parts: more curves on the same axes, by name, [n] each: of these the moving averages alone are drawn,
+            each with its name; None and what is not finite leave gaps.
 
     Returns:
         The path written.
@@ -198,8 +202,15 @@ def save_curve(
     if x.shape != y.shape or (np.diff(x) <= 0).any():
         raise ValueError(f"`steps` must be {y.size} rising numbers, one for each value, got shape {x.shape}")
     target = check_target(path)
+    curves = {}
+    for name, part in (parts or {}).items():
+        curve = np.array(part, dtype=np.float64)  # None becomes NaN
+        if curve.shape != y.shape:
+            raise ValueError(f"`parts[{name!r}]` must be {y.size} numbers, got shape {curve.shape}")
+        if (there := np.isfinite(curve)).any():
+            curves[name] = (x[there], _moving_average(curve[there]))
     finite = np.isfinite(y)
-    _save(_draw_curve(x[finite], y[finite], title), target)
+    _save(_draw_curve(x[finite], y[finite], title, curves), target)
     return target
 
 
@@ -232,15 +243,21 @@ def _tile(pixels: np.ndarray, columns: int, scale: int, pad: int) -> Image.Image
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
-def _draw_curve(x: np.ndarray, y: np.ndarray, title: str) -> Image.Image:
+def _draw_curve(
+    x: np.ndarray, y: np.ndarray, title: str, parts: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> Image.Image:
     from PIL import Image, ImageDraw
 
     width, height, left, right, top, bottom = 960, 480, 80, 20, 40, 40
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    log = bool((y > 0).all() and y.max() > 5 * y.min())
-    scaled = np.log10(y) if log else y
-    low, high = scaled.min(), scaled.max()
+    shown = np.concatenate([y, *(values for _, values in parts.values())])
+    log = bool((shown > 0).all() and shown.max() > 5 * shown.min())
+
+    def scale(values: np.ndarray) -> np.ndarray:
+        return np.log10(values) if log else values
+
+    low, high = scale(shown).min(), scale(shown).max()
     margin = 0.05 * (high - low) or 0.5 * max(abs(high), 1e-12)
     low, high = low - margin, high + margin
     span = max(x[-1] - x[0], 1.0)
@@ -258,12 +275,12 @@ def _draw_curve(x: np.ndarray, y: np.ndarray, title: str) -> Image.Image:
         draw.line([(across(tick), top), (across(tick), height - bottom)], fill="#e4e4e4")
         draw.text((across(tick) - 12, height - bottom + 10), f"{tick:.0f}", fill="black")
     draw.text((left, 14), title + (" (logarithmic)" if log else ""), fill="black")
-    average = _moving_average(y)
-    for line, colour, weight in (
-        (scaled, "#b9cfe8", 1),
-        (np.log10(average) if log else average, "#1b4f8f", 3),
-    ):
-        points = list(zip(across(x).tolist(), down(line).tolist(), strict=True))
+    lines = [(x, y, "#b9cfe8", 1), (x, _moving_average(y), "#1b4f8f", 3)]
+    for (name, (steps, values)), colour in zip(parts.items(), _PART_COLOURS, strict=False):
+        lines.append((steps, values, colour, 2))
+        draw.text((across(steps[-1]) - 60, down(scale(values)[-1]) - 14), name, fill=colour)
+    for steps, values, colour, weight in lines:
+        points = list(zip(across(steps).tolist(), down(scale(values)).tolist(), strict=True))
         if len(points) > 1:
             draw.line(points, fill=colour, width=weight, joint="curve")
         else:

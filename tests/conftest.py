@@ -6,11 +6,21 @@ Triton decides at import whether a kernel is interpreted or compiled, so the two
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from forks import Forks
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """The process that forks children for tests of runs that are killed, and of runs of several processes."""
+    server = Forks()
+    yield server
+    server.close()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -184,7 +184,7 @@ BYTES = np.zeros((2, 4, 4), np.uint8)
     ("source", "options", "error", "message"),
     [
         (3, {}, TypeError, "`source` must be 'digits'"),
-        ((BYTES,), {}, TypeError, "`source` must be 'digits'"),
+        ({"images": BYTES}, {}, TypeError, "`source` must be 'digits'"),
         ((BYTES[:0], None), {}, ValueError, "`images` .* at least one pixel"),
         ((BYTES[0], None), {}, ValueError, r"`images` .* must be \[N, H, W\]"),
         ((np.array(["a"]), None), {}, TypeError, "`images` .* must be numbers"),

@@ -55,6 +55,10 @@ _OPTIONS = {
     "attention_levels": "attention", "channel_mult": "mult", "model_channels": "channels",
     "num_res_blocks": "blocks", "batch_size": "batch", "ema_decay": "ema", "num_timesteps": "timesteps",
     "quantile": "threshold",
+    "value_range": "value-range", "layout": "layout", "crop": "crop", "grad_clip": "grad-clip", "amp": "amp",
+    "accumulate": "accumulate", "keep_checkpoints": "keep", "lr_schedule": "lr-schedule", "warmup": "warmup",
+    "label_dropout": "label-dropout", "weight_decay": "weight-decay", "cache": "cache", "compile": "compile",
+    "resume": "resume",
 }  # fmt: skip
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_Number = TypeVar("_Number", int, float)
 
 
 def labels(chosen: str | None, num: int, num_classes: int) -> Any:
@@ -25,7 +29,7 @@ def labels(chosen: str | None, num: int, num_classes: int) -> Any:
 
 
 def device(chosen: str | None) -> Any:
-    """The chosen device, or a GPU if there is one, else the CPU.
+    """The chosen device, or a GPU if there is one, else the CPU; each of torchrun's processes its own GPU.
 
     Raises:
         ValueError: it does not exist here.
@@ -33,7 +37,9 @@ def device(chosen: str | None) -> Any:
     import torch
 
     if chosen is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda" and "LOCAL_RANK" in os.environ:
+        chosen = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun's processes share the machine's GPUs out
     try:
         return torch.zeros(1, device=chosen).device
     except (RuntimeError, AssertionError) as error:
@@ -42,9 +48,9 @@ def device(chosen: str | None) -> Any:
         raise ValueError(f"`--device` must be one of {there} here, got {chosen!r}") from error
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """`1,2` -> [1, 2]."""
+def numbers(option: str, text: str, kind: Callable[[str], _Number] = int) -> list[_Number]:  # type: ignore[assignment]
+    """`1,2` -> [1, 2]; of `kind`, int or float."""
     try:
-        return [int(part) for part in text.split(",")] if text else []
+        return [kind(part) for part in text.split(",")] if text else []
     except ValueError:
         raise ValueError(f"`{option}` must be numbers such as 1,2, got {text!r}") from None

@@ -1,4 +1,4 @@
-"""Training data in memory: from the digits, a folder of pictures, a NumPy file or Python.
+"""Training data: from the digits, a folder of pictures, a NumPy file or Python.
 
 Whatever the source, the trainer sees one thing: `ImageData`, whose `batch` gives float32 images in [-1, 1].
 Bytes stay bytes in memory and are scaled batch by batch, so 50 000 images of 3x32x32 take 154 MB and not 614.
@@ -14,12 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.train import draws
 from fastdiff.train.arrays import as_array, as_nchw, read_npz, resampling, resize, to_stored, whole_labels
 from fastdiff.train.folder import read_folder
+from fastdiff.train.items import arrays_of
 
 DIGITS_ATTRIBUTION = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning"
@@ -73,10 +75,22 @@ class ImageData:
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The images x0 [B, C, H, W] float32 in [-1, 1] and the labels [B] (or None) at `index` [B] int64."""
-        x0 = self.images.index_select(0, index)
-        if x0.dtype == torch.uint8:
-            x0 = x0.float().div_(127.5).sub_(1)
-        return x0, None if self.labels is None else self.labels.index_select(0, index)
+        labels = None if self.labels is None else self.labels.index_select(0, index)
+        return as_images(self.images.index_select(0, index)), labels
+
+    def rows(self, index: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """The images as they are stored and the labels (or None) at `index` [B] int64, a NumPy array.
+
+        On the CPU by NumPy, on the calling thread alone: so a thread that prepares batches does not wake a
+        second team of torch's threads against the one that trains.
+        """
+        if self.images.device.type == "cpu":
+            images = torch.from_numpy(np.take(self.images.numpy(), index, axis=0))
+        else:
+            images = self.images.index_select(0, torch.from_numpy(index).to(self.images.device))
+        return images, None if self.labels is None else self.labels[
+            torch.from_numpy(index).to(self.labels.device)
+        ]
 
     def all(self) -> tuple[Tensor, Tensor | None]:
         """Every image as float32 in [-1, 1] and every label, as `batch` gives them."""
@@ -120,8 +134,13 @@ class ImageData:
         return replace(self, images=self.images[chosen.to(self.images.device)], labels=labels)
 
 
+def as_images(stored: Tensor) -> Tensor:
+    """Images as `ImageData` stores them -> float32 in [-1, 1]; bytes k become k / 127.5 - 1."""
+    return stored.float().div_(127.5).sub_(1) if stored.dtype == torch.uint8 else stored
+
+
 def load_data(
-    source: str | os.PathLike[str] | tuple[Any, Any],
+    source: Any,
     *,
     size: int | tuple[int, int] | None = None,
     resample: str = "bicubic",
@@ -130,8 +149,9 @@ def load_data(
     value_range: tuple[float, float] | None = None,
     layout: str | None = None,
     class_names: Sequence[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> ImageData:
-    """Images, and labels where there are some, from one of four kinds of source.
+    """Images, and labels where there are some, from one of five kinds of source.
 
     - `"digits"`: the 1 797 handwritten digits of scikit-learn, 1x8x8, 10 classes. Needs the extra `data`.
     - a folder of pictures: sub-folders are classes, named by the folder and numbered in the order of the
@@ -140,7 +160,11 @@ def load_data(
       grey, else all become RGB. Transparent ones are laid on white, 16 bits scaled to 8, CMYK converted;
       animated ones are refused.
     - `FILE.npz` with `images` or `arr_0` and perhaps `labels` or `arr_1`; `FILE.npy` with images only.
-    - `(images, labels)`: tensors or NumPy arrays, labels may be None.
+    - arrays: a tensor or NumPy array of images, or a pair (images, labels) of them, labels may be None.
+    - a data set in Python: a torch Dataset, or any iterable that ends, of images, pairs (image, label) or
+      dicts with "image" (or "img") and "label"; images are tensors [C, H, W] or [H, W], arrays [H, W, C] or
+      [H, W], or Pillow's. It is read once, in order, into memory; what is random in it (an augmentation) is
+      drawn once: the trainer's own `flip` and `crop` are drawn anew in every step.
 
     Args:
         source: as above. `"digits"` is always the data set; write `"./digits"` for a folder of that name.
@@ -155,6 +179,9 @@ def load_data(
         layout: arrays only: "NHWC" or "NCHW"; None: whichever dimension is 1, 3 or 4 holds the channels.
             [N, H, W] is always one channel.
         class_names: arrays only: a name for each class; None: "0", "1", ...
+        cache: folders only: a folder in which the decoded pictures are kept as a file that is mapped, so that
+            they need no memory of their own and a later run need not decode them; files that changed are
+            decoded anew. None: in memory.
 
     Returns:
         The data, in memory.
@@ -168,19 +195,24 @@ def load_data(
     resampling(resample)
     pixels = _size(size)
     arrays: dict[str, Any] = {"value_range": value_range, "layout": layout, "class_names": class_names}
-    if isinstance(source, tuple) and len(source) == 2:
-        data = _from_arrays(*source, "source", **arrays)
-    elif not isinstance(source, str | os.PathLike):
-        raise TypeError(
-            "`source` must be 'digits', a folder, a .npz or .npy file or a pair (images, labels), got"
-            f" {type(source).__name__}"
+    path = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
+    if cache is not None and (source == "digits" or path is None or not path.is_dir()):
+        raise ValueError(f"`cache` is for folders of pictures only, got {str(cache)!r}; leave it out")
+    if cache is not None and holdout:
+        raise ValueError(
+            f"`holdout` must be 0 with `cache`, got {holdout}: a part of a mapped file would have to be"
+            " copied into memory; put the pictures that are kept from training into a folder of their own"
         )
+    if path is None:
+        images, labels, arrays["layout"] = arrays_of(source, layout, pixels, resample)
+        data = _from_arrays(images, labels, "source", **arrays)
     elif source == "digits":
         _refuse(arrays, "the digits")
         data = _digits()
-    elif (path := Path(source).expanduser()).is_dir():
+    elif path.is_dir():
         _refuse(arrays, "a folder of pictures")
-        images, labels, names, skipped = read_folder(path, pixels, resample, skip_bad)
+        kept = None if cache is None else Path(cache).expanduser()
+        images, labels, names, skipped = read_folder(path, pixels, resample, skip_bad, kept)
         data = ImageData(images, labels, names, skipped=skipped)
     else:
         data = _from_arrays(*read_npz(path), str(path), **arrays)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 DOMAIN_ORDER, DOMAIN_TIME, DOMAIN_LABEL_DROPOUT, DOMAIN_MODEL, DOMAIN_SPLIT = range(5)
+DOMAIN_FLIP, DOMAIN_TOP, DOMAIN_LEFT = range(5, 8)
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -46,9 +47,13 @@ def words(seed: Any, domain: int, draw: int, ids: Any) -> np.ndarray:
 
 
 def times(seed: Any, draw: int, ids: Any, num_timesteps: int) -> np.ndarray:
-    """Uniform times as int64: floor(T u), u a fraction of 32 bits; probabilities differ by < 2^-32."""
-    fraction = words(seed, DOMAIN_TIME, draw, ids) >> np.uint64(32)
-    return ((fraction * np.uint64(num_timesteps)) >> np.uint64(32)).astype(np.int64)
+    """Uniform times as int64; see `whole`."""
+    return whole(words(seed, DOMAIN_TIME, draw, ids), num_timesteps)
+
+
+def whole(drawn: np.ndarray, limit: int) -> np.ndarray:
+    """int64 in 0..limit-1: floor(limit u), u 32 bits of a word; probabilities differ by < 2^-32."""
+    return (((drawn >> np.uint64(32)) * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
 
 
 def dropped(seed: int, draw: int, ids: Any, probability: float) -> np.ndarray:

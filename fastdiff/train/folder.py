@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.train.arrays import resampling
+from fastdiff.train.cache import Pixels, decoded, half_of_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,33 +24,37 @@ SUFFIXES = (
     ".pnm",
 )  # fmt: skip
 _NAMED = 10  # so many bad files are named in a message, the rest counted
+_AHEAD = 16  # pictures that a worker decodes before the finished ones are stored
 
 Folder = tuple[Tensor, Tensor | None, tuple[str, ...], tuple[str, ...]]
 
 
-def read_folder(root: Path, size: tuple[int, int] | None, resample: str, skip_bad: bool) -> Folder:
+def read_folder(
+    root: Path, size: tuple[int, int] | None, resample: str, skip_bad: bool, cache: Path | None = None
+) -> Folder:
     """The pictures of a folder as (images [N, C, H, W] uint8, labels or None, class names, skipped files).
 
     The order is that of the sorted paths, so it is the same on every machine. See `load_data` for what is
-    read and how.
+    read and how, and `decoded` for the cache.
 
     Raises:
         ValueError: no pictures, an empty class, pictures both in the folder and in sub-folders, files that
-            cannot be read (unless `skip_bad`), or pictures of several sizes without `size`.
+            cannot be read (unless `skip_bad`), pictures of several sizes without `size`, or more of them than
+            memory holds without `cache`.
     """
     method = resampling(resample)
     names, groups = _classes(root)
     files = [(path, label) for label, group in enumerate(groups) for path in group]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = list(pool.map(lambda item: _try_decode(item[0], size, method), files))
-    good = [
-        (path, label, got)
-        for (path, label), got in zip(files, decoded, strict=True)
-        if not isinstance(got, str)
-    ]
-    skipped = tuple(
-        f"{path}: {got}" for (path, _), got in zip(files, decoded, strict=True) if isinstance(got, str)
+    paths = [path for path, _ in files]
+    images, reasons = decoded(
+        lambda pixels: _decode_all(paths, size, method, pixels),
+        paths,
+        [size, resample],
+        cache,
+        half_of_memory(),
     )
+    good = [label for (_, label), reason in zip(files, reasons, strict=True) if not reason]
+    skipped = tuple(f"{shown(path)}: {reason}" for path, reason in zip(paths, reasons, strict=True) if reason)
     if skipped:
         listed = "\n  ".join(skipped[:_NAMED]) + (
             f"\n  and {len(skipped) - _NAMED} more" if skipped[_NAMED:] else ""
@@ -59,29 +64,47 @@ def read_folder(root: Path, size: tuple[int, int] | None, resample: str, skip_ba
                 f"`source` must hold readable pictures, but {len(skipped)} of {len(files)} are not (mend or"
                 f" remove them, or leave them out with skip_bad=True):\n  {listed}"
             )
-        emptied = sorted({name for i, name in enumerate(names) if all(label != i for _, label, _ in good)})
+        emptied = sorted(name for i, name in enumerate(names) if i not in set(good))
         if not good or emptied:
             what = f"in the classes {', '.join(emptied)}" if emptied else f"in {str(root)!r}"
             raise ValueError(f"`source` must hold readable pictures, but none is left {what}:\n  {listed}")
         warnings.warn(f"left out {len(skipped)} of {len(files)} pictures:\n  {listed}", stacklevel=3)
+    return torch.from_numpy(images), torch.tensor(good) if names else None, names, skipped
+
+
+def _decode_all(
+    paths: list[Path], size: tuple[int, int] | None, method: Image.Resampling, pixels: Pixels
+) -> list[str]:
+    """Append the good ones to `pixels`; why each is bad, or "". Few pictures are in flight at any time."""
+    workers = os.cpu_count() or 1
+    reasons: list[str] = []
     shapes: dict[tuple[int, ...], Path] = {}
-    for path, _, pixels in good:
-        shapes.setdefault(pixels.shape[:2], path)
+    with ThreadPoolExecutor(workers) as pool:  # Pillow's decoders release the interpreter's lock
+        for start in range(0, len(paths), _AHEAD * workers):
+            part = paths[start : start + _AHEAD * workers]
+            for path, got in zip(part, pool.map(lambda p: _try_decode(p, size, method), part), strict=True):
+                reasons.append(got if isinstance(got, str) else "")
+                if isinstance(got, str):
+                    continue
+                shapes.setdefault(got.shape[:2], path)
+                if len(shapes) == 1:
+                    pixels.append(got)
     if len(shapes) > 1:
-        seen = ", ".join(f"{path} is {width}x{height}" for (height, width), path in list(shapes.items())[:3])
+        seen = ", ".join(f"{shown(path)} is {w}x{h}" for (h, w), path in list(shapes.items())[:3])
         raise ValueError(f"`size` must be given for pictures of several sizes: {seen} (width x height)")
-    grey = all(pixels.ndim == 2 for _, _, pixels in good)
-    images = np.empty((len(good), 1 if grey else 3, *next(iter(shapes))), dtype=np.uint8)
-    for i, (_, _, pixels) in enumerate(good):
-        images[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    labels = torch.tensor([label for _, label, _ in good]) if names else None
-    return torch.from_numpy(images), labels, names, skipped
+    return reasons
 
 
 def _classes(root: Path) -> tuple[tuple[str, ...], list[list[Path]]]:
     """(class names, their pictures); no names and one group where the pictures lie in the folder itself."""
     loose = sorted(path for path in root.iterdir() if _is_picture(path))
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in folders:
+        if shown(path) != str(path):
+            raise ValueError(
+                "`source` must hold class folders with names in the system's encoding, got"
+                f" {shown(path)}; rename it"
+            )
     groups = {path.name: sorted(_pictures(path)) for path in folders}
     if loose and any(groups.values()):
         raise ValueError(
@@ -107,8 +130,28 @@ def _classes(root: Path) -> tuple[tuple[str, ...], list[list[Path]]]:
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    for where, _, names in os.walk(folder):
+    """The pictures at any depth. Links to folders are followed, each folder once, so that no loop is endless.
+
+    Raises:
+        OSError: a folder cannot be read; its pictures would be missing without a word.
+    """
+    seen: set[str] = set()
+    for where, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
         yield from (path for name in names if _is_picture(path := Path(where, name)))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def shown(path: Path) -> str:
+    """A path as text that can be printed and stored, whatever bytes it is made of."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def _is_picture(path: Path) -> bool:
@@ -126,15 +169,26 @@ def _try_decode(path: Path, size: tuple[int, int] | None, method: Image.Resampli
 
 
 def _decode(path: Path, size: tuple[int, int] | None, method: Image.Resampling) -> np.ndarray:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(path) as opened:
         frames = getattr(opened, "n_frames", 1)
         # A phone's JPEG may carry a second view or a preview (MPO); its first picture is the picture.
         if frames > 1 and opened.format != "MPO":
             raise ValueError(f"it is animated or has several pages ({frames}); write the frames as pictures")
-        opened.load()
-        image = _to_eight_bits(ImageOps.exif_transpose(opened))
+        return in_eight_bits(opened, size, method)
+
+
+def in_eight_bits(picture: Image.Image, size: tuple[int, int] | None, method: Image.Resampling) -> np.ndarray:
+    """Upright uint8 [H, W] or [H, W, 3], scaled to cover `size` and cut to it.
+
+    Raises:
+        ValueError: a mode without an agreed range.
+    """
+    from PIL import ImageOps
+
+    picture.load()
+    image = _to_eight_bits(ImageOps.exif_transpose(picture))
     if size is not None and (image.height, image.width) != size:
         image = ImageOps.fit(image, (size[1], size[0]), method)
     return np.array(image)

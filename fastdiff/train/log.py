@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import numpy as np
 
 from fastdiff.files import atomic_path
+from fastdiff.train.step import Measured
+
+QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the quarters of the chain, t = 0 in the first
 
 
 class StepLog:
     """An append-only JSONL file whose lines are the steps 1, 2, 3, ...
 
-    A line holds step, loss, lr, grad_norm and samples_per_s; numbers are written so that they read back
-    exactly.
+    A line is what `records` gives; numbers are written so that they read back exactly.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        """Open `path` to go on after `step`; lines past it, and a last line that was cut off, are removed."""
-        self.records = _read(path, step)
+    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
+        """Open `path` to go on after `step`; lines past it, and a last line that was cut off, are removed.
+
+        Args:
+            writes: False: keep the records of this run in memory and touch no file.
+        """
+        self._file: TextIO | None = None
+        self.records = _read(path, step) if writes else []
+        if not writes:
+            return
         text = "".join(_line(record) for record in self.records)
         if not path.exists() or path.read_bytes() != text.encode():
             with atomic_path(path) as temporary:
@@ -37,15 +50,53 @@ class StepLog:
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append lines and hand them to the system, so that a reader sees them now."""
         self.records += records
-        self._file.write("".join(map(_line, records)))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write("".join(map(_line, records)))
+            self._file.flush()
 
     def sync(self) -> None:
         """Wait until all lines are on the disk: before a checkpoint says that their steps are done."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def records(
+    measured: Sequence[Measured],
+    t: np.ndarray,
+    losses: np.ndarray,
+    norms: np.ndarray,
+    num_timesteps: int,
+    samples_per_s: float,
+) -> list[dict[str, Any]]:
+    """The log's lines of some steps: step, loss, loss_q1 .. loss_q4, lr, grad_norm, samples_per_s.
+
+    loss is the mean over the batch, loss_qk that over its samples with t in the k-th quarter of the chain,
+    None where there is none; neither has the weights of importance sampling.
+
+    Args:
+        measured: n steps; their step and rate are read.
+        t, losses: [n, batch_size] of whole batches.
+        norms: [n].
+    Raises:
+        FloatingPointError: a loss or a norm is not finite.
+    """
+    lines = []
+    for step, times, values, norm in zip(measured, t, losses.astype(np.float64), norms.tolist(), strict=True):
+        loss = values.mean().item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"the loss was {loss} and the gradient's norm {norm} at step {step.step}: training diverged;"
+                " lower `lr` or `grad_clip`, lengthen `warmup`, or look for a broken image in the data"
+            )
+        quarters = [values[4 * times // num_timesteps == k] for k in range(4)]
+        means = {key: q.mean().item() if q.size else None for key, q in zip(QUARTILES, quarters, strict=True)}
+        rest = {"lr": step.rate, "grad_norm": norm, "samples_per_s": samples_per_s}
+        lines.append({"step": step.step, "loss": loss, **means, **rest})
+    return lines
 
 
 def _line(record: dict[str, Any]) -> str:

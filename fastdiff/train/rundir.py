@@ -16,7 +16,7 @@ from fastdiff.train.config import TrainConfig
 from fastdiff.train.data import ImageData
 from fastdiff.train.objective import Objective
 
-RUN_FORMAT = 1
+RUN_FORMAT = 2
 
 
 class RunDir:
@@ -35,16 +35,47 @@ class RunDir:
         """Where the sample grid of `step` lies."""
         return self._samples / f"step-{step:08d}.png"
 
-    def claim(
-        self, model: nn.Module, objective: Objective, data: ImageData, config: TrainConfig, resume: bool
-    ) -> None:
+    @staticmethod
+    def describe(
+        model: nn.Module, objective: Objective, data: ImageData, config: TrainConfig, times: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """All that decides the result of a step, as JSON data."""
+        shapes = {name: "x".join(map(str, value.shape)) for name, value in model.state_dict().items()}
+        kind, made = type(model).__name__, getattr(model, "config", None)
+        described = {
+            "format": RUN_FORMAT,
+            "config": config.identity(),
+            "objective": objective.to_config(),
+            "times": times,
+            "data": {"shape": data.shape, "samples": len(data), "fingerprint": data.fingerprint},
+            "model": {"class": kind, "config": made, "shapes": shapes},
+        }
+        # Through JSON, so that tuples and numbers look as they will when they are read back.
+        return json.loads(json.dumps(described))
+
+    def model_of(self, decay: float, config: TrainConfig) -> Path:
+        """Where the averaged model of one of the run's decays lies."""
+        return self.model if decay == config.ema_decays[0] else self.root / f"model-ema-{decay!r}"
+
+    @staticmethod
+    def check_same(first: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+        """Refuse to be a process of another run than the first process's; both are results of `describe`."""
+        differing = list(_differences(first, mine))
+        if differing:
+            raise ValueError(
+                "the processes of a run must have the same arguments and data, but here, against rank 0,"
+                f" {'; '.join(differing[:8])}"
+            )
+
+    def claim(self, now: Mapping[str, Any], config: TrainConfig, resume: bool) -> None:
         """Make the folder this run's, or find the same run in it.
 
+        Args:
+            now: from `describe`.
         Raises:
             ValueError: it is a file; it holds a run and `resume` is False, or none and it is True; the run in
                 it differs.
         """
-        now = _described(model, objective, data, config)
         name = str(self.root)
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"`out_dir` must be a folder or not exist yet, got the file {name!r}")
@@ -74,22 +105,6 @@ class RunDir:
         self._samples.mkdir(exist_ok=True)
         remove_temporaries(self.checkpoints)
         write_json(self.record, {**now, "settings": asdict(config)})
-
-
-def _described(
-    model: nn.Module, objective: Objective, data: ImageData, config: TrainConfig
-) -> dict[str, Any]:
-    """All that decides the result of a step, as JSON data."""
-    shapes = {name: "x".join(map(str, value.shape)) for name, value in model.state_dict().items()}
-    described = {
-        "format": RUN_FORMAT,
-        "config": config.identity(),
-        "objective": objective.to_config(),
-        "data": {"shape": data.shape, "samples": len(data), "fingerprint": data.fingerprint},
-        "model": {"class": type(model).__name__, "config": getattr(model, "config", None), "shapes": shapes},
-    }
-    # Through JSON, so that tuples and numbers look as they will when they are read back.
-    return json.loads(json.dumps(described))
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -1,0 +1,184 @@
+"""One optimisation step: the parts of its batch forward and backward, clipping, AdamW, the averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdiff.nn import EMA
+from fastdiff.train import draws
+from fastdiff.train.config import TrainConfig
+from fastdiff.train.feed import Part
+from fastdiff.train.network import Network
+from fastdiff.train.objective import Objective
+from fastdiff.train.ranks import Ranks
+
+
+class Times(Protocol):
+    """Chooses the times of training, and may learn from the losses; its state is part of every checkpoint.
+
+    Attributes:
+        learns: whether `learn` is to be called, which costs a synchronisation with the device each step.
+    """
+
+    learns: bool
+
+    def draw(self, seed: int, step: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """(t [n] int64, weights [n] or None) of the samples `ids` of a step, a function of these and of the
+        state; the weights are factors of the losses."""
+
+    def learn(self, t: np.ndarray, losses: np.ndarray) -> None:
+        """Take notice of the times and the losses, without weights, of a whole batch, in the order of its
+        samples: the same in every process."""
+
+    def to_config(self) -> Mapping[str, Any]:
+        """What a resumed run must share, as JSON data."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Tensors and numbers, for the checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s result."""
+
+
+class UniformTimes:
+    """Every time as often as any other."""
+
+    learns = False
+
+    def __init__(self, num_timesteps: int) -> None:
+        self._num_timesteps = num_timesteps
+
+    def draw(self, seed: int, step: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return draws.times(seed, step, ids, self._num_timesteps), None
+
+    def learn(self, t: np.ndarray, losses: np.ndarray) -> None:
+        raise NotImplementedError("uniform times learn nothing")
+
+    def to_config(self) -> Mapping[str, Any]:
+        return {"name": "uniform"}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a step came to, still on the device: of this process's samples alone but for the norm.
+
+    Attributes:
+        step: 1 for the first.
+        rate: the learning rate.
+        t: [n] int64, on the host.
+        losses: [n] float32, without the weights that `Times` gives.
+        norm: of the whole gradient, before clipping.
+    """
+
+    step: int
+    rate: float
+    t: np.ndarray
+    losses: Tensor
+    norm: Tensor
+
+
+class Stepper:
+    """Takes a model from step to step.
+
+        loss = sum over the batch of w_i total_i / batch_size
+
+    The sum runs over the parts of a process (gradient accumulation) and over processes: cutting the batch
+    otherwise changes the order of the sum and nothing else, as times and noise belong to the sample. Only a
+    network that draws random numbers (dropout) or looks at the whole batch (BatchNorm) sees the cut.
+    """
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, config: TrainConfig, ranks: Ranks, times: Times
+    ) -> None:
+        self._model, self._objective, self._config = model, objective, config
+        self._ranks, self._times = ranks, times
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._device = self._parameters[0].device
+        self._network = Network(model, config, ranks)
+        # One fused pass over all parameters, on the CPU as on a GPU.
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=self._device.type in ("cpu", "cuda"),
+        )
+        self.emas = tuple(EMA(model, decay) for decay in config.ema_decays)
+
+    def __call__(self, step: int, parts: Sequence[Part]) -> Measured:
+        """Do step `step` (0 is the first) on this process's parts of its batch."""
+        config = self._config
+        if not self._network.connected:
+            few = {key: value[:2] for key, value in _cond(parts[0]).items()}
+            self._network.connect(self._objective, parts[0].x0[:2], few)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._model.train()
+        times, losses = [], []
+        for part in parts:
+            with self._ranks.watched(f"at step {step + 1}"), self._network.part(last=part is parts[-1]):
+                t, total = self._part(step, part)
+            times.append(t)
+            losses.append(total)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if config.grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, config.grad_clip, norm)
+        rate = config.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        for ema in self.emas:
+            ema.update(self._model)
+        measured = Measured(step + 1, rate, np.concatenate(times), torch.cat(losses), norm)
+        if self._times.learns:
+            t, whole, _ = gathered([measured], int(parts[0].ids[0]), config.batch_size, self._ranks)
+            self._times.learn(t[0], whole[0])
+        return measured
+
+    def _part(self, step: int, part: Part) -> tuple[np.ndarray, Tensor]:
+        seed, device = self._config.seed, self._device
+        # The model's own randomness is seeded anew for every part, by its first sample.
+        word = int(draws.words(seed, draws.DOMAIN_MODEL, step, part.ids[:1])[0])
+        torch.default_generator.manual_seed(word)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(word)
+        t, weights = self._times.draw(seed, step, part.ids)
+        losses = self._objective(
+            self._network, part.x0, torch.from_numpy(t).to(device), seed=seed,
+            sample_ids=torch.from_numpy(part.ids).to(device), draw=step, cond=_cond(part),
+        ).total  # fmt: skip
+        weighted = losses if weights is None else losses * torch.from_numpy(weights).to(losses)
+        # Several processes' gradients are averaged, and the sum is wanted.
+        (weighted.sum() * (self._ranks.size / self._config.batch_size)).backward()
+        return t, losses.detach()
+
+
+def gathered(
+    measured: Sequence[Measured], start: int, batch_size: int, ranks: Ranks
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(t [n, batch_size] int64, losses [n, batch_size], norms [n]) of n steps and all processes, on the host.
+
+    Args:
+        start: the place in the batch of this process's first sample.
+    """
+    losses = torch.stack([m.losses for m in measured])
+    norms = torch.stack([m.norm for m in measured]).cpu().numpy()
+    t = torch.from_numpy(np.stack([m.t for m in measured]))
+    whole = ranks.gather(losses, start, batch_size).cpu().numpy()
+    return ranks.gather(t.to(losses.device), start, batch_size).cpu().numpy(), whole, norms
+
+
+def _cond(part: Part) -> dict[str, Tensor]:
+    return {} if part.labels is None else {"labels": part.labels}

@@ -1,0 +1,100 @@
+"""A run goes on as if nothing had happened: after kills at any moment, a spoilt checkpoint, a full disk."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+
+import chains
+import pytest
+from runs import CONFIG, log, state, trainer
+
+from fastdiff.files import load_tensors, save_tensors
+from fastdiff.train.checkpoint import checkpoints
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads on networks this small only wait for each other."""
+    yield from chains.one_thread()
+
+
+def test_a_run_killed_twenty_times_ends_bit_for_bit_as_one_never_killed(forks, tmp_path):
+    found = forks("killed", tmp_path, 20)
+    assert found["straight"] == [0, ""]
+    statuses = [status for status, _ in found["ends"]]
+    assert statuses == [-signal.SIGKILL] * 20 + [0], found["ends"]
+    assert len(log(tmp_path / "straight")) == found["steps"]
+    assert log(tmp_path / "run") == log(tmp_path / "straight")
+    assert state(tmp_path / "run") == state(tmp_path / "straight")
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == [f"step-{found['steps'] - back:08d}.safetensors" for back in (2, 0)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, one_thread):
+    """A run without interruption."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    trainer(out).run(progress=False)
+    return out
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def rename_an_entry(path):
+    tensors, metadata = load_tensors(path)
+    tensors["model/other"] = tensors.pop("model/unused")
+    save_tensors(path, tensors, metadata)
+
+
+@pytest.mark.parametrize("spoil", [cut_short, flip_one_bit, empty, rename_an_entry])
+def test_a_spoilt_checkpoint_is_named_and_the_one_before_is_taken(straight, tmp_path, spoil):
+    out = tmp_path / "run"
+    trainer(out).run(progress=False)
+    last = checkpoints(out / "checkpoints")[-1]
+    spoil(last)
+    with pytest.warns(UserWarning, match=rf"{last.name}.* damaged.*the checkpoint before it is taken"):
+        resumed = trainer(out, resume=True)
+    assert resumed.step == 9
+    assert last.with_suffix(".damaged").exists()
+    resumed.run(progress=False)
+    assert state(out) == state(straight)
+    assert log(out) == log(straight)
+
+
+def test_without_a_whole_checkpoint_the_damaged_ones_are_all_named(tmp_path):
+    out = tmp_path / "run"
+    trainer(out, replace(CONFIG, steps=6)).run(progress=False)
+    found = checkpoints(out / "checkpoints")
+    for path in found:
+        cut_short(path)
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(ValueError, match=f"all .* are damaged: .*{found[1].name}.*{found[0].name}"),
+    ):
+        trainer(out, resume=True)
+
+
+def test_a_full_disk_ends_the_run_clearly_and_spoils_nothing(forks, straight, tmp_path):
+    [[status, said]] = forks("full_disk", tmp_path)["ends"]
+    assert status == 1
+    assert "OSError" in said
+    assert "the checkpoint of step 6 could not be written (File too large)" in said
+    assert "the last whole one is step-00000003.safetensors: make room" in said
+    out = tmp_path / "run"
+    left = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert left == ["step-00000000.safetensors", "step-00000003.safetensors"]
+    trainer(out, resume=True).run(progress=False)
+    assert state(out) == state(straight)
