@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import builtins
 import pickle
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastdiff.train import ImageData, load_data
-
-
-def picture(path, array, mode=None, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.asarray(array))
-    (image if mode is None else image.convert(mode)).save(path, **options)
-    return path
-
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 COLOUR = np.stack([GREY, GREY.T, 255 - GREY], axis=-1)
@@ -217,147 +207,6 @@ def test_bad_arguments_are_named(source, options, error, message):
         pytest.importorskip("sklearn")
     with pytest.raises(error, match=message):
         load_data(source, **options)
-
-
-# Folders
-
-
-def test_sub_folders_are_classes_in_the_order_of_their_names(tmp_path):
-    picture(tmp_path / "zebra" / "1.png", GREY)
-    picture(tmp_path / "ant" / "deep" / "2.PNG", GREY + 1)
-    picture(tmp_path / "ant" / "1.bmp", GREY + 2)
-    (tmp_path / "ant" / "notes.txt").write_text("passed over")
-    (tmp_path / ".git").mkdir()
-    data = load_data(tmp_path)
-    assert data.class_names == ("ant", "zebra")
-    assert data.labels.tolist() == [0, 0, 1]
-    assert data.images[:, 0].tolist() == [(GREY + 2).tolist(), (GREY + 1).tolist(), GREY.tolist()]
-
-
-def test_pictures_in_the_folder_itself_have_no_labels_and_one_class_is_a_class(tmp_path):
-    picture(tmp_path / "flat" / "b.png", GREY)
-    picture(tmp_path / "flat" / "a.png", GREY.T)
-    flat = load_data(tmp_path / "flat")
-    assert flat.labels is None
-    assert flat.num_classes is None
-    assert flat.images[0, 0].tolist() == GREY.T.tolist()
-    one = load_data(tmp_path)
-    assert one.labels.tolist() == [0, 0]
-    assert one.class_names == ("flat",)
-
-
-def test_one_coloured_picture_makes_all_of_them_rgb(tmp_path):
-    picture(tmp_path / "a.png", GREY)
-    picture(tmp_path / "b.png", COLOUR)
-    data = load_data(tmp_path)
-    assert data.images[0].tolist() == [GREY.tolist()] * 3
-    assert data.images[1].permute(1, 2, 0).tolist() == COLOUR.tolist()
-
-
-def one(path, **options):
-    """The picture at `path` alone, [C, H, W]."""
-    return load_data(path.parent, **options).images[0]
-
-
-def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
-    deep = picture(tmp_path / "deep.png", GREY.astype(np.uint16) * 257)
-    assert one(deep).tolist() == [GREY.tolist()]
-    assert Image.open(deep).mode.startswith("I")  # or this test would not test sixteen bits
-
-
-def test_transparency_lies_on_white_and_opaque_pictures_are_as_they_are(tmp_path):
-    alpha = np.full((8, 8), 255, np.uint8)
-    opaque = picture(tmp_path / "a" / "x.png", np.dstack([COLOUR, alpha]))
-    assert one(opaque).permute(1, 2, 0).tolist() == COLOUR.tolist()
-    clear = picture(tmp_path / "b" / "x.png", np.dstack([COLOUR, alpha * 0]))
-    assert (one(clear) == 255).all()
-    grey = picture(tmp_path / "c" / "x.png", np.dstack([GREY, GREY, GREY, alpha]), mode="LA")
-    assert one(grey).tolist() == [GREY.tolist()]
-
-
-def test_other_modes_become_grey_or_rgb(tmp_path):
-    cmyk = picture(tmp_path / "a" / "x.jpg", np.full((8, 8, 3), (200, 30, 90), np.uint8), mode="CMYK")
-    assert Image.open(cmyk).mode == "CMYK"
-    assert (one(cmyk).float().mean((1, 2)) - torch.tensor([200.0, 30.0, 90.0])).abs().max() < 4  # JPEG
-    palette = picture(tmp_path / "b" / "x.gif", GREY)
-    assert one(palette).tolist() == [GREY.tolist()]
-    bits = picture(tmp_path / "c" / "x.png", GREY > 99)
-    assert one(bits).tolist() == [np.where(GREY > 99, 255, 0).tolist()]
-
-
-def test_a_turned_photograph_is_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to show
-    turned = picture(tmp_path / "x.png", GREY, exif=exif)
-    assert one(turned).tolist() == [np.rot90(GREY, -1).tolist()]
-
-
-def test_a_size_scales_the_shorter_side_and_cuts_out_the_centre(tmp_path):
-    wide = np.zeros((4, 12), np.uint8)
-    wide[:, 4:8] = 200
-    path = picture(tmp_path / "wide.png", wide)
-    assert one(path, size=4).tolist() == np.full((1, 4, 4), 200).tolist()
-    assert one(path, size=8, resample="nearest").tolist() == np.full((1, 8, 8), 200).tolist()
-    assert one(path, size=(2, 6), resample="box").tolist() == [wide[:2, ::2].tolist()]
-
-
-def damaged(folder):
-    """Four files that no decoder can use, and a good one; the names of the four."""
-    good = picture(folder / "good.png", GREY)
-    (folder / "cut.png").write_bytes(good.read_bytes()[:50])
-    (folder / "text.jpg").write_text("no picture")
-    (folder / "empty.webp").write_bytes(b"")
-    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
-    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
-    return ["cut.png", "empty.webp", "moving.gif", "text.jpg"]
-
-
-def test_unreadable_pictures_are_all_named(tmp_path):
-    names = damaged(tmp_path)
-    with pytest.raises(ValueError, match=r"4 of 5 are not .*skip_bad=True") as caught:
-        load_data(tmp_path)
-    assert all(name in str(caught.value) for name in names)
-    assert "animated" in str(caught.value)
-    assert "good.png" not in str(caught.value)
-
-
-def test_skip_bad_leaves_them_out_and_says_so(tmp_path):
-    names = damaged(tmp_path)
-    with pytest.warns(UserWarning, match="left out 4 of 5") as caught:
-        data = load_data(tmp_path, skip_bad=True)
-    assert len(data) == 1
-    assert all(name in str(caught[0].message) for name in names)
-    assert [any(name in line for line in data.skipped) for name in names] == [True] * 4
-
-
-def test_skip_bad_is_silent_where_nothing_is_bad(tmp_path):
-    picture(tmp_path / "x.png", GREY)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert load_data(tmp_path, skip_bad=True).skipped == ()
-
-
-def test_a_folder_that_cannot_be_learned_from_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"`source` must hold pictures .*hold none"):
-        load_data(tmp_path)
-    picture(tmp_path / "a" / "x.png", GREY)
-    (tmp_path / "b").mkdir()
-    with pytest.raises(ValueError, match="these sub-folders have none: b;"):
-        load_data(tmp_path)
-    (tmp_path / "b" / "bad.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"none is left in the classes b:\n.*bad.png"):
-        load_data(tmp_path, skip_bad=True)
-    picture(tmp_path / "loose.png", GREY)
-    with pytest.raises(ValueError, match=r"holds both: loose.png and a/"):
-        load_data(tmp_path)
-
-
-def test_several_sizes_need_a_size(tmp_path):
-    picture(tmp_path / "a.png", GREY)
-    picture(tmp_path / "b.png", GREY[:4])
-    with pytest.raises(ValueError, match=r"`size` must be given .*a.png is 8x8, .*b.png is 8x4"):
-        load_data(tmp_path)
-    assert load_data(tmp_path, size=4).shape == (1, 4, 4)
 
 
 # Splits and devices

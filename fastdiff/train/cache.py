@@ -48,7 +48,7 @@ class Pixels:
         if self._most is not None and needed > self._most:
             raise ValueError(
                 f"`cache` must name a folder for pictures that take {needed / 1e9:.3g} GB decoded, more than"
-                " half of this machine's memory; give cache=FOLDER on a disk with that much room, or a smaller"
+                " half of this machine's memory; give cache=FOLDER on a disk with room for them, or a smaller"
                 " `size`"
             )
         if channels > self._channels:

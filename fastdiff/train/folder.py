@@ -165,7 +165,8 @@ def _try_decode(path: Path, size: tuple[int, int] | None, method: Image.Resampli
     # Decoders fail on damaged files with almost any exception (SyntaxError, struct.error, IndexError, ...);
     # all of them mean the same here, and the file's name and the reason reach the user.
     except Exception as error:
-        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)  # without the path, which stands before it
+        return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _decode(path: Path, size: tuple[int, int] | None, method: Image.Resampling) -> np.ndarray:

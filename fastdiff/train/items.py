@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def arrays_of(
     for i, item in enumerate(_items(source)):
         image, label = _parted(item)
         images.append(_plane(image, layout, size, resample, i))
-        labels.append(label)
+        labels.append(None if label is None else _whole(label, i))
         for name, first, now in (
             ("shape", images[0].shape, images[i].shape),
             ("type", images[0].dtype, images[i].dtype),
@@ -50,8 +51,7 @@ def arrays_of(
                 )
     if not images:
         raise ValueError("`source` must give at least one item, got none; is it used up?")
-    whole = None if labels[0] is None else np.array([int(label) for label in labels])
-    return np.stack(images), whole, "NCHW"
+    return np.stack(images), None if labels[0] is None else np.array(labels), "NCHW"
 
 
 def _items(source: Any) -> Iterator[Any]:
@@ -79,6 +79,15 @@ def _parted(item: Any) -> tuple[Any, Any]:
     if isinstance(item, tuple | list) and len(item) == 1:  # as TensorDataset(images) gives them
         return item[0], None
     return item, None
+
+
+def _whole(label: Any, i: int) -> int:
+    try:
+        return operator.index(label)  # integers, NumPy's as well, and tensors of one integer
+    except TypeError:
+        raise TypeError(
+            f"`source` must give each label as a whole number, got {label!r} in item {i}; number the classes"
+        ) from None
 
 
 def _plane(image: Any, layout: str | None, size: tuple[int, int] | None, resample: str, i: int) -> np.ndarray:

@@ -34,7 +34,7 @@ class Network:
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return (self._parallel or self._called)(x, t, **cond)
+            return (self._called if self._parallel is None else self._parallel)(x, t, **cond)
 
     @property
     def connected(self) -> bool:
@@ -96,7 +96,8 @@ class Compiled(nn.Module):
             else:
                 self._compiled = compiled
                 return result
-        return (self._compiled or self.model)(*args, **kwargs)
+        # Not `or`: the truth of a module is its length, which a compiled one has only if the network has.
+        return (self.model if self._compiled is None else self._compiled)(*args, **kwargs)
 
 
 def _reason(error: Exception) -> str:
