@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +188,7 @@ def save_curve(
         steps: [n] rising positions on the horizontal axis; None: 1..n.
         title: written above the curve.
         parts: more curves on the same axes, by name, [n] each: of these the moving averages alone are drawn,
-            each with its name; None and what is not finite leave gaps.
+            its name above in its colour; None and what is not finite leave gaps.
 
     Returns:
         The path written.
@@ -276,11 +277,15 @@ def _draw_curve(
         draw.text((across(tick) - 12, height - bottom + 10), f"{tick:.0f}", fill="black")
     draw.text((left, 14), title + (" (logarithmic)" if log else ""), fill="black")
     lines = [(x, y, "#b9cfe8", 1), (x, _moving_average(y), "#1b4f8f", 3)]
-    for (name, (steps, values)), colour in zip(parts.items(), _PART_COLOURS, strict=False):
+    at = left + draw.textlength(title) + 120
+    for (name, (steps, values)), colour in zip(parts.items(), cycle(_PART_COLOURS)):
         lines.append((steps, values, colour, 2))
-        draw.text((across(steps[-1]) - 60, down(scale(values)[-1]) - 14), name, fill=colour)
+        draw.text((at, 14), name, fill=colour)
+        at += draw.textlength(name) + 20
     for steps, values, colour, weight in lines:
-        points = list(zip(across(steps).tolist(), down(scale(values)).tolist(), strict=True))
+        every = max(1, len(steps) // (4 * width))  # more points than pixels only take time
+        kept = down(scale(values[::every])).tolist()
+        points = list(zip(across(steps[::every]).tolist(), kept, strict=True))
         if len(points) > 1:
             draw.line(points, fill=colour, width=weight, joint="curve")
         else:

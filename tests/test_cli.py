@@ -169,6 +169,32 @@ def test_training_leaves_a_model_that_samples(tmp_path):
     assert (tmp_path / "x.png").exists()
 
 
+def test_training_of_arrays_in_windows_keeps_every_average_that_was_asked_for(tmp_path):
+    shades = np.random.default_rng(0).random((20, 8, 8))
+    np.savez(tmp_path / "shades.npz", images=shades, labels=np.arange(20) % 2)
+    folder = tmp_path / "run"
+    arguments = ["train", "--data", str(tmp_path / "shades.npz"), "--out", str(folder), "--steps", "2", *TINY]
+    assert "--value-range" in run(*arguments, code=2)
+    more = "--value-range 0,1 --crop 6 --flip --ema 0.9,0.99 --accumulate 2 --amp bf16 --grad-clip 0 --keep 1"
+    run(*arguments, *more.split())
+    out = tmp_path / "few.npz"
+    for name in ("model", "model-ema-0.99"):
+        run("sample", "--model", str(folder / name), "--num", "3", "--steps", "2", "--out", str(out))
+        assert np.load(out)["arr_0"].shape == (3, 6, 6, 1)
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+
+
+def test_training_on_a_cached_folder_does_not_need_the_pictures_decoded_again(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.fromarray(np.full((9, 9), 99, np.uint8)).save(tmp_path / "photos" / name / "1.png")
+    arguments = ["train", "--data", str(tmp_path / "photos"), "--size", "8", "--steps", "1", *TINY]
+    for name in ("one", "two"):
+        run(*arguments, "--cache", str(tmp_path / "kept"), "--out", str(tmp_path / name))
+    assert len(list((tmp_path / "kept").glob("*.bytes"))) == 1
+    assert "--cache" in run("train", "--data", "digits", "--cache", "x", "--out", str(tmp_path / "c"), code=2)
+
+
 def test_training_on_a_folder_without_classes(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -231,6 +257,12 @@ def test_a_killed_training_resumes_to_the_same_model(tmp_path):
         (["--data", "digits", "--lr", "-1"], "lr"),
         (["--data", "digits", "--prediction", "epsilon"], "prediction"),
         (["--data", "digits", "--loss", "simpel"], "loss"),
+        (["--data", "digits", "--ema", "0.9,1"], "--ema"),
+        (["--data", "digits", "--ema", "much"], "--ema"),
+        (["--data", "digits", "--amp", "fp8"], "--amp"),
+        (["--data", "digits", "--crop", "9"], "--crop"),
+        (["--data", "digits", "--accumulate", "999"], "--accumulate"),
+        (["--data", "digits", "--value-range", "0,1"], "--value-range"),
     ],
 )
 def test_a_training_mistake_is_one_line_and_leaves_nothing(tmp_path, arguments, named):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,30 @@ def test_a_curve_of_any_values_can_be_drawn(tmp_path, values):
     assert (picture == (0x1B, 0x4F, 0x8F)).all(-1).any()
 
 
+def test_the_parts_of_a_curve_are_drawn_beside_it_with_gaps_and_names(tmp_path):
+    upper = [3.0, None, 3.0, float("nan"), 3.0]
+    values = [2.0, 2.1, 2.0, 1.9, 2.0]
+    parts = {"upper": upper, "empty": [None] * 5, "lower": [1.0] * 5}
+    picture = pixels(save_curve(values, tmp_path / "curve.png", parts=parts))
+    where = {}
+    for name, colour in (("whole", (0x1B, 0x4F, 0x8F)), ("upper", (0x3F, 0x7F, 0x3F)),
+                         ("lower", (0xC9, 0x8A, 0x1B))):  # fmt: skip
+        rows, _ = np.nonzero((picture == colour).all(-1))
+        where[name] = rows
+    assert where["upper"][where["upper"] > 38].max() < where["whole"].min()
+    assert where["whole"].max() < where["lower"][where["lower"] > 38].min()
+    # the names stand above, in colour: text is smoothed, so of the colour itself there need be no pixel
+    assert np.ptp(picture[:30].astype(int), axis=-1).max() > 60
+    assert np.ptp(pixels(save_curve(values, tmp_path / "plain.png"))[:30].astype(int), axis=-1).max() == 0
+
+
+def test_a_long_curve_is_drawn_in_time(tmp_path):
+    values = np.linspace(2.0, 1.0, 200_000)
+    start = time.perf_counter()
+    save_curve(values, tmp_path / "curve.png", parts={"all": values.tolist()})
+    assert time.perf_counter() - start < 5  # 0.4 s where nothing else runs
+
+
 def test_a_failed_picture_leaves_the_old_file_and_no_temporary(tmp_path):
     path = save_grid(torch.zeros(1, 3, 4, 4), tmp_path / "grid.jpg")
     before = path.read_bytes()
@@ -156,6 +182,7 @@ X = torch.zeros(2, 1, 4, 4)
         (lambda d: save_curve([float("nan")], d / "a.png"), ValueError, "`values` .* at least one finite"),
         (lambda d: save_curve([1, 2], d / "a.png", steps=[2, 1]), ValueError, "`steps` must be 2 rising"),
         (lambda d: save_curve([1, 2], d / "a.png", steps=[1]), ValueError, "`steps` must be 2 rising"),
+        (lambda d: save_curve([1, 2], d / "a.png", parts={"a": [1]}), ValueError, "`parts.*a.* 2 numbers"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(tmp_path, call, error, message):
