@@ -212,7 +212,22 @@ def two_processes(folder: Path) -> dict[str, Any]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         plain_run(folder / "two", 12, batch_size=7, accumulate=2)
 
+    def compiled(rank: int) -> None:
+        """All of torch.compile but the code generation; no idle parameter; bfloat16."""
+        import runs
+        import torch
+
+        compile_ = torch.compile
+        torch.compile = lambda model: compile_(model, backend="eager")
+        torch.manual_seed(1)
+        model = runs.Plain()
+        del model.unused
+        model.unused = torch.ones(3)
+        config = replace(runs.CONFIG, batch_size=7, accumulate=2, compile=True, amp="bf16")
+        runs.trainer(folder / "compiled", config, model=model, seeded=False).run(progress=False)
+
     return {
+        "compiled": grouped(compiled),
         "alone": children([lambda: plain_run(folder / "one", 12, batch_size=7)]),
         "together": grouped(together),
         "begun alone": children([lambda: plain_run(folder / "grown", 6, batch_size=7)]),

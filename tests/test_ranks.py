@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from runs import log, state
 
+from fastdiff.cli.options import device
 from fastdiff.train.feed import cut
+from fastdiff.train.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +42,7 @@ def test_every_process_of_every_run_ends_well(runs):
     _, ended = runs
     assert {name: [status for status, _ in group] for name, group in ended.items()} == {
         "alone": [0], "together": [0, 0], "begun alone": [0], "ended together": [0, 0],
-        "begun together": [0, 0], "ended alone": [0],
+        "begun together": [0, 0], "ended alone": [0], "compiled": [0, 0],
     }, ended  # fmt: skip
 
 
@@ -53,6 +56,17 @@ def test_the_comparison_sees_another_batch(runs):
     folder, _ = runs
     values = losses(folder / "two")
     assert values[0] != pytest.approx(values[1], rel=1e-5)
+
+
+def test_a_compiled_network_in_bfloat16_trains_in_two_processes(runs):
+    folder, ended = runs
+    assert [said for _, said in ended["compiled"]] == [
+        "",
+        "",
+    ]  # no warning
+    assert "model/enter.weight" in state(folder / "compiled")
+    for mine, theirs in zip(losses(folder / "compiled"), losses(folder / "one"), strict=True):
+        assert mine[0] == pytest.approx(theirs[0], rel=0.02)  # as bfloat16 alone in test_step
 
 
 def test_the_same_cut_gives_the_same_bits_up_to_the_change(runs):
@@ -100,6 +114,23 @@ def test_the_cut_is_complete_ordered_and_even(size, parts):
     runs = [ids for rank in range(size) for ids in cut(13, parts, rank, size)]
     assert [i for ids in runs for i in ids] == list(range(13))
     assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+def test_a_device_that_cannot_exchange_tensors_is_named(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="`device` must be cpu or cuda for several processes, got meta"):
+        Ranks.join(torch.device("meta"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Ranks.join(torch.device("meta")).size == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 3, reason="there is such a GPU")
+def test_each_of_torchrun_s_processes_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ValueError, match="got 'cuda:3'"):
+        device("cuda")
+    assert device("cpu").type == "cpu"
 
 
 @pytest.mark.slow

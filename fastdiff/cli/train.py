@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -123,9 +124,11 @@ def train(
     place = options.device(device)
     ranks = Ranks.join(place)
     scale: Any = value_range and tuple(options.numbers("--value-range", value_range, float))
-    images = load_data(
-        data, size=size, holdout=holdout, skip_bad=skip_bad, value_range=scale, layout=layout, cache=cache
-    )
+    load = partial(
+        load_data, data, size=size, holdout=holdout, skip_bad=skip_bad, value_range=scale, layout=layout,
+        cache=cache,
+    )  # fmt: skip
+    images = _loaded(load, ranks, first_alone=cache is not None)
     torch.manual_seed(seed)
     network = UNet(
         images.shape[0],
@@ -153,6 +156,16 @@ def train(
             f"next: fastdiff sample --model {shlex.quote(str(result.model_path))} --out samples.png"
         )
     ranks.leave()
+
+
+def _loaded(load: Callable[[], Any], ranks: Any, first_alone: bool) -> Any:
+    """What `load` returns; its warnings are said by rank 0, which runs alone first where it fills a cache."""
+    if first_alone and ranks.size > 1:
+        ranks.by_first(lambda: len(load()))
+    with warnings.catch_warnings():
+        if not ranks.first:
+            warnings.simplefilter("ignore")
+        return load()
 
 
 def _grid_of(objective: Any, crop: int | None, images: Any) -> Callable[[Any], Any]:
