@@ -13,7 +13,8 @@ from runs import CONFIG, Plain, Tiny, log, state, tiny_data, trainer
 
 from fastdiff.files import load_tensors
 from fastdiff.nn import UNet
-from fastdiff.train import draws
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.train import Objective, draws
 from fastdiff.train.checkpoint import checkpoints
 
 
@@ -158,6 +159,7 @@ def test_a_compiled_network_has_the_checkpoints_of_an_eager_one(tmp_path, monkey
     trainer(tmp_path / "compiled", longer, model=Plain(), resume=True).run(progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_without_a_compiler_the_network_runs_eagerly_and_says_so(tmp_path):
     import torch._inductor.config as inductor
 
@@ -260,6 +262,16 @@ class Learning:
     def load_state_dict(self, state):
         self.counts.copy_(state["counts"])
         self.heard = [None] * state["rounds"]
+
+
+def test_the_unweighted_error_is_logged_beside_a_weighted_loss(tmp_path):
+    objective = Objective(NoiseSchedule.cosine(50), "v", loss="min_snr")
+    run(tmp_path / "weighted", replace(CONFIG, accumulate=2), Plain, objective=objective)
+    run(tmp_path / "simple", CONFIG, Plain, objective=Objective(NoiseSchedule.cosine(50), "v"))
+    first, plain = log(tmp_path / "weighted")[0], log(tmp_path / "simple")[0]
+    assert first["mse"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert first["loss"] < 0.99 * first["mse"]
+    assert "mse" not in plain
 
 
 def test_times_that_learn_see_whole_batches_weigh_the_loss_and_are_resumed(tmp_path):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,25 +67,29 @@ class StepLog:
 def records(
     measured: Sequence[Measured],
     t: np.ndarray,
-    losses: np.ndarray,
+    losses: Mapping[str, np.ndarray],
     norms: np.ndarray,
     num_timesteps: int,
     samples_per_s: float,
 ) -> list[dict[str, Any]]:
-    """The log's lines of some steps: step, loss, loss_q1 .. loss_q4, lr, grad_norm, samples_per_s.
+    """The log's lines of some steps: step, loss, loss_q1 .. loss_q4, lr, grad_norm, samples_per_s, mse, vlb.
 
     loss is the mean over the batch, loss_qk that over its samples with t in the k-th quarter of the chain,
-    None where there is none; neither has the weights of importance sampling.
+    None where there is none; neither has the weights of importance sampling. mse and vlb are means as well,
+    where the objective has them besides its total.
 
     Args:
         measured: n steps; their step and rate are read.
-        t, losses: [n, batch_size] of whole batches.
+        t: [n, batch_size], of whole batches.
+        losses: name -> [n, batch_size]; "total" is there.
         norms: [n].
     Raises:
         FloatingPointError: a loss or a norm is not finite.
     """
     lines = []
-    for step, times, values, norm in zip(measured, t, losses.astype(np.float64), norms.tolist(), strict=True):
+    more = {name: whole.mean(1, dtype=np.float64) for name, whole in losses.items() if name != "total"}
+    totals = losses["total"].astype(np.float64)
+    for i, (step, times, values, norm) in enumerate(zip(measured, t, totals, norms.tolist(), strict=True)):
         loss = values.mean().item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
@@ -95,7 +99,8 @@ def records(
         quarters = [values[4 * times // num_timesteps == k] for k in range(4)]
         means = {key: q.mean().item() if q.size else None for key, q in zip(QUARTILES, quarters, strict=True)}
         rest = {"lr": step.rate, "grad_norm": norm, "samples_per_s": samples_per_s}
-        lines.append({"step": step.step, "loss": loss, **means, **rest})
+        besides = {name: mean[i].item() for name, mean in more.items()}
+        lines.append({"step": step.step, "loss": loss, **means, **besides, **rest})
     return lines
 
 

@@ -78,14 +78,15 @@ class Measured:
         step: 1 for the first.
         rate: the learning rate.
         t: [n] int64, on the host.
-        losses: [n] float32, without the weights that `Times` gives.
+        losses: name -> [n] float32, without the weights that `Times` gives: "total", and "mse" and
+            "vlb" where the objective has them besides.
         norm: of the whole gradient, before clipping.
     """
 
     step: int
     rate: float
     t: np.ndarray
-    losses: Tensor
+    losses: dict[str, Tensor]
     norm: Tensor
 
 
@@ -124,12 +125,13 @@ class Stepper:
             self._network.connect(self._objective, parts[0].x0[:2], few)
         self.optimizer.zero_grad(set_to_none=True)
         self._model.train()
-        times, losses = [], []
+        times: list[np.ndarray] = []
+        losses: list[dict[str, Tensor]] = []
         for part in parts:
             with self._ranks.watched(f"at step {step + 1}"), self._network.part(last=part is parts[-1]):
-                t, total = self._part(step, part)
+                t, found = self._part(step, part)
             times.append(t)
-            losses.append(total)
+            losses.append(found)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if config.grad_clip is not None:
@@ -140,13 +142,14 @@ class Stepper:
         self.optimizer.step()
         for ema in self.emas:
             ema.update(self._model)
-        measured = Measured(step + 1, rate, np.concatenate(times), torch.cat(losses), norm)
+        whole = {name: torch.cat([found[name] for found in losses]) for name in losses[0]}
+        measured = Measured(step + 1, rate, np.concatenate(times), whole, norm)
         if self._times.learns:
-            t, whole, _ = gathered([measured], int(parts[0].ids[0]), config.batch_size, self._ranks)
-            self._times.learn(t[0], whole[0])
+            t, everyone, _ = gathered([measured], int(parts[0].ids[0]), config.batch_size, self._ranks)
+            self._times.learn(t[0], everyone["total"][0])
         return measured
 
-    def _part(self, step: int, part: Part) -> tuple[np.ndarray, Tensor]:
+    def _part(self, step: int, part: Part) -> tuple[np.ndarray, dict[str, Tensor]]:
         seed, device = self._config.seed, self._device
         # The model's own randomness is seeded anew for every part, by its first sample.
         word = int(draws.words(seed, draws.DOMAIN_MODEL, step, part.ids[:1])[0])
@@ -158,26 +161,34 @@ class Stepper:
         losses = self._objective(
             self._network, part.x0, torch.from_numpy(t).to(device), seed=seed,
             sample_ids=torch.from_numpy(part.ids).to(device), draw=step, cond=_cond(part),
-        ).total  # fmt: skip
-        weighted = losses if weights is None else losses * torch.from_numpy(weights).to(losses)
+        )  # fmt: skip
+        total = losses.total
+        weighted = total if weights is None else total * torch.from_numpy(weights).to(total)
         # Several processes' gradients are averaged, and the sum is wanted.
         (weighted.sum() * (self._ranks.size / self._config.batch_size)).backward()
-        return t, losses.detach()
+        found = {"total": total.detach()}
+        if losses.mse is not total:
+            found["mse"] = losses.mse.detach()
+        if losses.vlb is not None:
+            found["vlb"] = losses.vlb.detach()
+        return t, found
 
 
 def gathered(
     measured: Sequence[Measured], start: int, batch_size: int, ranks: Ranks
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(t [n, batch_size] int64, losses [n, batch_size], norms [n]) of n steps and all processes, on the host.
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """(t [n, batch_size] int64, name -> losses [n, batch_size], norms [n]) of n steps and all processes.
 
     Args:
         start: the place in the batch of this process's first sample.
     """
-    losses = torch.stack([m.losses for m in measured])
-    norms = torch.stack([m.norm for m in measured]).cpu().numpy()
-    t = torch.from_numpy(np.stack([m.t for m in measured]))
-    whole = ranks.gather(losses, start, batch_size).cpu().numpy()
-    return ranks.gather(t.to(losses.device), start, batch_size).cpu().numpy(), whole, norms
+    norms = torch.stack([m.norm for m in measured])
+    t = torch.from_numpy(np.stack([m.t for m in measured])).to(norms.device)
+    losses = {
+        name: ranks.gather(torch.stack([m.losses[name] for m in measured]), start, batch_size).cpu().numpy()
+        for name in measured[0].losses
+    }
+    return ranks.gather(t, start, batch_size).cpu().numpy(), losses, norms.cpu().numpy()
 
 
 def _cond(part: Part) -> dict[str, Tensor]:

@@ -55,7 +55,8 @@ class Trainer:
 
         run.json                          what the run is: configuration, objective, data, network
         log.jsonl                         a line for each step: step, loss, loss_q1 .. loss_q4 (of the
-                                          quarters of the chain), lr, grad_norm, samples_per_s
+                                          quarters of the chain), lr, grad_norm, samples_per_s, and mse
+                                          and vlb where they are not the loss itself
         loss.png                          its curves
         samples/step-00001000.png         grids of `sample_fn`
         checkpoints/step-00001000.safetensors
@@ -75,8 +76,9 @@ class Trainer:
         model: an `fd.UNet` or any module model(x, t[, labels=]); trained in place, on the device it is on.
             Its initial weights belong to the run (rank 0's, where there are several processes).
         objective: the loss.
-        data: from `load_data`. If it has labels, the model is called with `labels` [B] int64, -1 where
-            dropped; use dataclasses.replace(data, labels=None) for a model without classes.
+        data: from `load_data`, which takes folders, files, arrays, torch Datasets and iterables. If it has
+            labels, the model is called with `labels` [B] int64, -1 where dropped; use
+            dataclasses.replace(data, labels=None) for a model without classes.
         config: the numbers.
         out_dir: the run's folder; made if it is not there.
         resume: go on with the run in `out_dir` from its last checkpoint. False: `out_dir` must hold no run.
