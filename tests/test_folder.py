@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import tempfile
 import warnings
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from photos import COLOUR, GREY, damaged, picture
 from PIL import Image
 
-from fastdiff.train import cache, folder, load_data
-
-
-def picture(path, array, mode=None, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.asarray(array))
-    (image if mode is None else image.convert(mode)).save(path, **options)
-    return path
-
-
-GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-COLOUR = np.stack([GREY, GREY.T, 255 - GREY], axis=-1)
+from fastdiff.train import load_data
 
 
 def test_sub_folders_are_classes_in_the_order_of_their_names(tmp_path):
@@ -107,17 +99,6 @@ def test_a_size_scales_the_shorter_side_and_cuts_out_the_centre(tmp_path):
     assert one(path, size=(2, 6), resample="box").tolist() == [wide[:2, ::2].tolist()]
 
 
-def damaged(folder):
-    """Four files that no decoder can use, and a good one; the names of the four."""
-    good = picture(folder / "good.png", GREY)
-    (folder / "cut.png").write_bytes(good.read_bytes()[:50])
-    (folder / "text.jpg").write_text("no picture")
-    (folder / "empty.webp").write_bytes(b"")
-    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
-    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
-    return ["cut.png", "empty.webp", "moving.gif", "text.jpg"]
-
-
 def test_unreadable_pictures_are_all_named(tmp_path):
     names = damaged(tmp_path)
     with pytest.raises(ValueError, match=r"4 of 5 are not .*skip_bad=True") as caught:
@@ -177,6 +158,47 @@ def test_a_palette_with_a_transparent_colour_lies_on_white(tmp_path):
     got = one(tmp_path / "x.png").permute(1, 2, 0)
     colours = torch.tensor([[255, 255, 255], [200, 0, 0], [0, 200, 0], [0, 0, 200]], dtype=torch.uint8)
     assert torch.equal(got, colours[torch.from_numpy(GREY // 64).long()])
+
+
+def sixteen_bit_png(path, pixels):
+    """A PNG of 16 bits a channel, which Pillow reads and does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def test_sixteen_bits_of_every_channel_are_scaled(tmp_path):
+    wide, opaque = COLOUR.astype(np.uint16) * 257, np.full((8, 8, 1), 65535, np.uint16)
+    for name, pixels, wanted in (
+        ("rgb", wide, COLOUR.transpose(2, 0, 1)),
+        ("rgba", np.dstack([wide, opaque]), COLOUR.transpose(2, 0, 1)),
+        ("grey-alpha", np.dstack([wide[..., :1], opaque]), GREY[None]),
+    ):
+        (tmp_path / name).mkdir()
+        sixteen_bit_png(tmp_path / name / "x.png", pixels)
+        assert one(tmp_path / name / "x.png").tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif", "ppm"])
+def test_a_file_that_was_cut_off_is_named_in_every_format(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = picture(tmp_path / f"cut.{suffix}", noise)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"1 of 1 are not .*\n.*cut.{suffix}: "):
+        load_data(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    picture(tmp_path / "good.png", GREY)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe.png: ValueError: it is no regular file"):
+        load_data(tmp_path)
 
 
 def test_a_single_pixel_is_a_picture(tmp_path):
@@ -293,98 +315,3 @@ def test_a_folder_that_may_not_be_read_is_named_even_with_skip_bad():
         for skip in (False, True):
             with pytest.raises(PermissionError, match="closed"):
                 load_data(base, skip_bad=skip)
-
-
-# Memory and the cache
-
-
-@pytest.mark.parametrize("colour_at", [None, 0, 3])
-def test_the_cache_holds_what_memory_would_and_is_not_decoded_again(tmp_path, monkeypatch, colour_at):
-    for i in range(5):
-        picture(tmp_path / "data" / f"c{i % 2}" / f"{i}.png", COLOUR if i == colour_at else GREY + i)
-    plain = load_data(tmp_path / "data", size=6)
-    first = load_data(tmp_path / "data", size=6, cache=tmp_path / "kept")
-    assert first.fingerprint == plain.fingerprint
-    assert len(list((tmp_path / "kept").iterdir())) == 2
-    before = (first.images.clone(), first.labels)
-    monkeypatch.setattr(folder, "_decode_all", None)  # it would fail
-    again = load_data(tmp_path / "data", size=6, cache=tmp_path / "kept")
-    assert torch.equal(again.images, before[0])
-    again.images.zero_()  # a private copy: the file keeps what it has
-    assert load_data(tmp_path / "data", size=6, cache=tmp_path / "kept").fingerprint == plain.fingerprint
-
-
-def anonymous() -> int:
-    """Bytes of this process's memory that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
-def test_a_cached_folder_takes_little_memory_to_decode_to_load_and_to_read(tmp_path, monkeypatch):
-    """59 MB decoded: 60 pictures of 3x568x576, of which at most 4 are in flight."""
-    monkeypatch.setattr(folder.os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(folder, "_AHEAD", 4)
-    for i in range(60):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        Image.new("RGB", (576, 568), (i, 0, 0)).save(tmp_path / "data" / f"{i:02d}.png")
-    taken = {}
-    for kept in (tmp_path / "kept", tmp_path / "kept", None):
-        before = anonymous()
-        data = load_data(tmp_path / "data", cache=kept)
-        assert data.rows(np.arange(60)[::-1])[0][:, 0, 5, 5].tolist() == list(range(60))[::-1]
-        taken[kept] = max(taken.get(kept, 0), anonymous() - before)
-    total = data.images.nbytes
-    assert taken[None] > 0.9 * total
-    assert taken[tmp_path / "kept"] < 0.4 * total
-
-
-def test_another_size_or_a_changed_file_is_decoded_anew(tmp_path):
-    path = picture(tmp_path / "data" / "a.png", GREY)
-    kept = tmp_path / "kept"
-    load_data(tmp_path / "data", cache=kept)
-    load_data(tmp_path / "data", size=4, cache=kept)
-    picture(path, 255 - GREY)
-    os.utime(path, ns=(1, 1))
-    assert load_data(tmp_path / "data", cache=kept).images[0, 0].tolist() == (255 - GREY).tolist()
-    assert len(list(kept.iterdir())) == 6
-
-
-def test_bad_pictures_are_named_from_the_cache_as_well(tmp_path):
-    names = damaged(tmp_path / "data")
-    for _ in range(2):
-        with pytest.raises(ValueError, match="4 of 5 are not") as caught:
-            load_data(tmp_path / "data", cache=tmp_path / "kept")
-        assert all(name in str(caught.value) for name in names)
-        with pytest.warns(UserWarning, match="left out 4 of 5"):
-            assert len(load_data(tmp_path / "data", cache=tmp_path / "kept", skip_bad=True)) == 1
-    assert len(list((tmp_path / "kept").iterdir())) == 2
-
-
-def test_an_interrupted_decoding_leaves_no_cache(tmp_path, monkeypatch):
-    picture(tmp_path / "data" / "a.png", GREY)
-    monkeypatch.setattr(cache.Pixels, "append", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"):
-        load_data(tmp_path / "data", cache=tmp_path / "kept")
-    monkeypatch.undo()
-    assert list((tmp_path / "kept").iterdir()) == []
-    assert len(load_data(tmp_path / "data", cache=tmp_path / "kept")) == 1
-
-
-def test_more_than_half_of_memory_needs_the_cache(tmp_path, monkeypatch):
-    picture(tmp_path / "data" / "a.png", COLOUR)
-    picture(tmp_path / "data" / "b.png", COLOUR)
-    monkeypatch.setattr(folder, "half_of_memory", lambda: 2 * 3 * 64 - 1)
-    with pytest.raises(ValueError, match=r"`cache` must name a folder for pictures that take 3\.84e-07 GB"):
-        load_data(tmp_path / "data")
-    assert len(load_data(tmp_path / "data", cache=tmp_path / "kept")) == 2
-    monkeypatch.setattr(folder, "half_of_memory", lambda: 2 * 3 * 64)
-    assert len(load_data(tmp_path / "data")) == 2
-
-
-def test_the_cache_is_for_folders_and_for_all_of_them(tmp_path):
-    picture(tmp_path / "a.png", GREY)
-    with pytest.raises(ValueError, match="`cache` is for folders of pictures only"):
-        load_data((GREY[None], None), cache=tmp_path)
-    with pytest.raises(ValueError, match=r"`holdout` must be 0 with `cache`, got 0\.5"):
-        load_data(tmp_path, cache=tmp_path / "kept", holdout=0.5)

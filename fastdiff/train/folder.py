@@ -172,6 +172,8 @@ def _try_decode(path: Path, size: tuple[int, int] | None, method: Image.Resampli
 def _decode(path: Path, size: tuple[int, int] | None, method: Image.Resampling) -> np.ndarray:
     from PIL import Image
 
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")  # a pipe would be waited for without end
     with Image.open(path) as opened:
         frames = getattr(opened, "n_frames", 1)
         # A phone's JPEG may carry a second view or a preview (MPO); its first picture is the picture.
