@@ -193,19 +193,22 @@ def grouped(work: Callable[[int], Any], size: int = 2) -> list[tuple[int, str]]:
     return children([lambda r=rank: start(r) for rank in range(size)])
 
 
-def plain_run(out: Path, steps: int, resume: bool = False, data: Any = None, **changes: Any) -> Any:
+def plain_run(
+    out: Path, steps: int, resume: bool = False, data: Any = None, times: Any = None, **changes: Any
+) -> Any:
     """A run whose losses depend on the cut of a batch in their last bits alone."""
     import runs
     import torch
 
     torch.manual_seed(1 + int(os.environ.get("RANK", 0)))  # rank 0's weights are the run's
     config = replace(runs.CONFIG, steps=steps, **changes)
-    run = runs.trainer(out, config, data, runs.Plain(), seeded=False, resume=resume)
+    run = runs.trainer(out, config, data, runs.Plain(), seeded=False, resume=resume, times=times)
     return run.run(progress=False)
 
 
 def two_processes(folder: Path) -> dict[str, Any]:
     """Runs: alone; in two processes, of which one cannot write; begun in one way, ended in the other."""
+    import runs
 
     def together(rank: int) -> None:
         if rank == 1:
@@ -214,7 +217,6 @@ def two_processes(folder: Path) -> dict[str, Any]:
 
     def compiled(rank: int) -> None:
         """All of torch.compile but the code generation; no idle parameter; bfloat16."""
-        import runs
         import torch
 
         compile_ = torch.compile
@@ -226,8 +228,12 @@ def two_processes(folder: Path) -> dict[str, Any]:
         config = replace(runs.CONFIG, batch_size=7, accumulate=2, compile=True, amp="bf16")
         runs.trainer(folder / "compiled", config, model=model, seeded=False).run(progress=False)
 
+    def learning(rank: int, name: str = "learnt by two") -> None:
+        plain_run(folder / name, 12, batch_size=7, times=runs.Learning())
+
     return {
         "compiled": grouped(compiled),
+        "learning": [*grouped(learning), *children([lambda: learning(0, "learnt by one")])],
         "alone": children([lambda: plain_run(folder / "one", 12, batch_size=7)]),
         "together": grouped(together),
         "begun alone": children([lambda: plain_run(folder / "grown", 6, batch_size=7)]),

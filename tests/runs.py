@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdiff.files import load_tensors
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.train import Objective, TrainConfig, Trainer, load_data
+from fastdiff.train import Objective, TrainConfig, Trainer, draws, load_data
 from fastdiff.train.checkpoint import checkpoints
 
 CONFIG = TrainConfig(
@@ -62,6 +62,33 @@ class Plain(nn.Module):
     def forward(self, x, t, labels):
         shift = 0.001 * t.view(-1, 1, 1, 1) + self.classes(labels + 1)[:, :, None, None]
         return self.leave(torch.relu(self.enter(x.to(self.unused.dtype)) + shift)).float()
+
+
+class Learning:
+    """Draws from the times it has seen least, weights by 2, and has a state."""
+
+    learns = True
+
+    def __init__(self):
+        self.counts, self.heard = torch.zeros(50), []
+
+    def draw(self, seed, step, ids):
+        t = (draws.times(seed, step, ids, 50) + int(self.counts.sum())) % 50
+        return t, np.full(len(ids), 2.0)
+
+    def learn(self, t, losses):
+        self.heard.append((t.tolist(), losses.tolist()))
+        self.counts += torch.bincount(torch.from_numpy(t), minlength=50)
+
+    def to_config(self):
+        return {"name": "learning"}
+
+    def state_dict(self):
+        return {"counts": self.counts, "rounds": len(self.heard)}
+
+    def load_state_dict(self, state):
+        self.counts.copy_(state["counts"])
+        self.heard = [None] * state["rounds"]
 
 
 def tiny_data(labels=True):

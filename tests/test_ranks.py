@@ -43,6 +43,7 @@ def test_every_process_of_every_run_ends_well(runs):
     assert {name: [status for status, _ in group] for name, group in ended.items()} == {
         "alone": [0], "together": [0, 0], "begun alone": [0], "ended together": [0, 0],
         "begun together": [0, 0], "ended alone": [0], "compiled": [0, 0],
+        "learning": [0, 0, 0],
     }, ended  # fmt: skip
 
 
@@ -67,6 +68,13 @@ def test_a_compiled_network_in_bfloat16_trains_in_two_processes(runs):
     assert "model/enter.weight" in state(folder / "compiled")
     for mine, theirs in zip(losses(folder / "compiled"), losses(folder / "one"), strict=True):
         assert mine[0] == pytest.approx(theirs[0], rel=0.02)  # as bfloat16 alone in test_step
+
+
+def test_times_that_learn_hear_of_the_whole_batch_in_every_process(runs):
+    """They move on by what they have heard, so another part of it would give other times."""
+    folder, _ = runs
+    assert_same_losses(folder / "learnt by two", folder / "learnt by one")
+    assert state(folder / "learnt by two")["times/counts"] == state(folder / "learnt by one")["times/counts"]
 
 
 def test_the_same_cut_gives_the_same_bits_up_to_the_change(runs):

@@ -9,12 +9,12 @@ import chains
 import numpy as np
 import pytest
 import torch
-from runs import CONFIG, Plain, Tiny, log, state, tiny_data, trainer
+from runs import CONFIG, Learning, Plain, Tiny, log, state, tiny_data, trainer
 
 from fastdiff.files import load_tensors
 from fastdiff.nn import UNet
 from fastdiff.schedule import NoiseSchedule
-from fastdiff.train import Objective, draws
+from fastdiff.train import Objective
 from fastdiff.train.checkpoint import checkpoints
 
 
@@ -235,33 +235,6 @@ def test_every_grid_shows_the_averaged_weights_of_its_step(tmp_path):
 
 
 # Times
-
-
-class Learning:
-    """Draws from the times it has seen least, weights by 2, and has a state."""
-
-    learns = True
-
-    def __init__(self):
-        self.counts, self.heard = torch.zeros(50), []
-
-    def draw(self, seed, step, ids):
-        t = (draws.times(seed, step, ids, 50) + int(self.counts.sum())) % 50
-        return t, np.full(len(ids), 2.0)
-
-    def learn(self, t, losses):
-        self.heard.append((t.tolist(), losses.tolist()))
-        self.counts += torch.bincount(torch.from_numpy(t), minlength=50)
-
-    def to_config(self):
-        return {"name": "learning"}
-
-    def state_dict(self):
-        return {"counts": self.counts, "rounds": len(self.heard)}
-
-    def load_state_dict(self, state):
-        self.counts.copy_(state["counts"])
-        self.heard = [None] * state["rounds"]
 
 
 def test_the_unweighted_error_is_logged_beside_a_weighted_loss(tmp_path):
