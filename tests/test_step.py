@@ -159,6 +159,21 @@ def test_a_compiled_network_has_the_checkpoints_of_an_eager_one(tmp_path, monkey
     trainer(tmp_path / "compiled", longer, model=Plain(), resume=True).run(progress=False)
 
 
+def test_a_network_that_cannot_be_compiled_runs_eagerly_and_says_so(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("inductor\nfailed") from FileNotFoundError("no g++")
+
+    monkeypatch.setattr(torch, "compile", lambda model: fails)
+    with pytest.warns(
+        UserWarning,
+        match=r"`compile` has no effect: .*eagerly \(FileNotFoundError: no g\+\+\).*C\+\+ compiler",
+    ):
+        run(tmp_path / "run", replace(CONFIG, compile=True), Plain)
+    run(tmp_path / "eager", CONFIG, Plain)
+    assert state(tmp_path / "run") == state(tmp_path / "eager")
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
 def test_without_a_compiler_the_network_runs_eagerly_and_says_so(tmp_path):
     import torch._inductor.config as inductor

@@ -98,6 +98,8 @@ class Feed:
                     self._thread.join(0.01)
 
     def _work(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a new thread is on GPU 0, and pinning takes memory there
         try:
             for parts in self._made:
                 self._queue.put(parts)
