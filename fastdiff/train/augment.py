@@ -40,11 +40,11 @@ def augmented(images: Tensor, config: TrainConfig, step: int, ids: np.ndarray) -
     if not config.flip and config.crop is None:
         return images
     channels, height, width = shape_after(tuple(images.shape[1:]), config)
-    top = _below(images.shape[2] - height + 1, config.seed, draws.DOMAIN_TOP, step, ids)
-    left = _below(images.shape[3] - width + 1, config.seed, draws.DOMAIN_LEFT, step, ids)
+    top = draws.below(config.seed, draws.DOMAIN_TOP, step, ids, images.shape[2] - height + 1)
+    left = draws.below(config.seed, draws.DOMAIN_LEFT, step, ids, images.shape[3] - width + 1)
     rows, columns = (top[:, None] + np.arange(height), left[:, None] + np.arange(width))
     if config.flip:
-        mirrored = _below(2, config.seed, draws.DOMAIN_FLIP, step, ids).astype(bool)
+        mirrored = draws.below(config.seed, draws.DOMAIN_FLIP, step, ids, 2).astype(bool)
         columns[mirrored] = columns[mirrored, ::-1]
     place = (
         np.arange(len(ids))[:, None, None, None],
@@ -55,8 +55,3 @@ def augmented(images: Tensor, config: TrainConfig, step: int, ids: np.ndarray) -
     if images.device.type == "cpu":
         return torch.from_numpy(images.numpy()[place])
     return images[tuple(torch.from_numpy(axis).to(images.device) for axis in place)]
-
-
-def _below(limit: int, seed: int, domain: int, step: int, ids: np.ndarray) -> np.ndarray:
-    """Uniform whole numbers in 0..limit-1."""
-    return draws.whole(draws.words(seed, domain, step, ids), limit)

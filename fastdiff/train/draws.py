@@ -46,14 +46,15 @@ def words(seed: Any, domain: int, draw: int, ids: Any) -> np.ndarray:
     return mix(mix(mix(state) + np.uint64(draw)) + np.asarray(ids).astype(np.uint64))
 
 
+def below(seed: Any, domain: int, draw: int, ids: Any, bound: int) -> np.ndarray:
+    """Uniform in 0..bound-1 as int64: floor(bound u), u of 32 bits; probabilities differ by < 2^-32."""
+    fraction = words(seed, domain, draw, ids) >> np.uint64(32)
+    return ((fraction * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
 def times(seed: Any, draw: int, ids: Any, num_timesteps: int) -> np.ndarray:
-    """Uniform times as int64; see `whole`."""
-    return whole(words(seed, DOMAIN_TIME, draw, ids), num_timesteps)
-
-
-def whole(drawn: np.ndarray, limit: int) -> np.ndarray:
-    """int64 in 0..limit-1: floor(limit u), u 32 bits of a word; probabilities differ by < 2^-32."""
-    return (((drawn >> np.uint64(32)) * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
+    """Uniform times, int64."""
+    return below(seed, DOMAIN_TIME, draw, ids, num_timesteps)
 
 
 def dropped(seed: int, draw: int, ids: Any, probability: float) -> np.ndarray:
