@@ -58,7 +58,7 @@ class UniformTimes:
         return draws.times(seed, step, ids, self._num_timesteps), None
 
     def learn(self, t: np.ndarray, losses: np.ndarray) -> None:
-        raise NotImplementedError("uniform times learn nothing")
+        """Nothing: all times stay alike."""
 
     def to_config(self) -> Mapping[str, Any]:
         return {"name": "uniform"}
@@ -67,7 +67,7 @@ class UniformTimes:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
+        """Nothing to put back."""
 
 
 @dataclass(frozen=True, eq=False)
