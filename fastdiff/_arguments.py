@@ -112,6 +112,8 @@ def require(
 
 def _same_shape(wanted: tuple[int | None, ...], shape: torch.Size) -> bool:
     """Whether `shape` is `wanted`, where None stands for any size."""
+    if wanted == shape:
+        return True
     return len(wanted) == len(shape) and all(a is None or a == b for a, b in zip(wanted, shape, strict=True))
 
 

@@ -9,8 +9,8 @@ import torch
 
 from fastdiff import _dispatch
 from fastdiff._arguments import require
+from fastdiff._norm_direct import DTYPES, attempt, gradients, lies_last, only_once
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARAMETERS = (
     "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool activation"
 )
@@ -61,10 +61,13 @@ def group_norm_silu(
     Traffic: reads x once where a group fits on chip, else twice; writes y once.
     Source: Wu and He 2018, eq. 1-4; Dhariwal and Nichol 2021, section 3.
     """
+    operands = (x, residual, weight, bias, scale, shift, num_groups, eps, activation)
+    if isinstance(x, torch.Tensor) and (done := attempt(operands)) is not None:
+        return done
     require("x", x)
-    if not 2 <= x.dim() <= 5 or x.dtype not in _DTYPES:
+    if not 2 <= x.dim() <= 5 or x.dtype not in DTYPES:
         raise ValueError(
-            f"`x` must be [B, C, ...] with 2 to 5 dimensions of {_DTYPES}, got {x.dim()} of {x.dtype}"
+            f"`x` must be [B, C, ...] with 2 to 5 dimensions of {DTYPES}, got {x.dim()} of {x.dtype}"
         )
     batch, channels = x.shape[:2]
     if num_groups < 1 or channels % num_groups:
@@ -78,24 +81,17 @@ def group_norm_silu(
             continue
         lead = () if name in ("weight", "bias") else (1 if vector.shape[:1] == (1,) else batch,)
         require(name, vector, device=x.device, shape=(*lead, channels))
-        if vector.dtype not in _DTYPES:
-            raise ValueError(f"`{name}` must be of {_DTYPES}, got {vector.dtype}")
+        if vector.dtype not in DTYPES:
+            raise ValueError(f"`{name}` must be of {DTYPES}, got {vector.dtype}")
     if residual is not None:
         require("residual", residual, dtype=x.dtype, device=x.device, shape=tuple(x.shape))
-    y: torch.Tensor = torch.ops.fastdiff.group_norm_silu(
-        x, residual, weight, bias, scale, shift, num_groups, eps, activation
-    )[0]
+    y: torch.Tensor = torch.ops.fastdiff.group_norm_silu(*operands)[0]
     return y
-
-
-def _is_last(x: torch.Tensor) -> bool:
-    """Whether x lies in memory with its channels last."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
     """Room of x's shape with its channels where x has them."""
-    if not _is_last(x):
+    if not lies_last(x):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return torch.empty(x.movedim(1, -1).shape, dtype=x.dtype, device=x.device).movedim(-1, 1)
 
@@ -118,7 +114,7 @@ def _forward(
 
     vectors = (weight, bias, scale, shift)
     y, mean, rstd = _forward_fake(x, residual, *vectors, groups, eps, activation)
-    last = _is_last(x)
+    last = lies_last(x)
     small = map(_dispatch._dense, vectors)
     operands = Norm._make(
         (
@@ -155,7 +151,7 @@ def _backward(
 
     vectors = (weight, bias, scale, shift)
     grad_x, sums = _backward_fake(grad, mean, rstd, x, residual, *vectors, groups, eps, activation)
-    last = _is_last(x)
+    last = lies_last(x)
     own = (_dispatch._dense(a) for a in (mean, rstd))
     elements = (_flat(x, last), _flat(residual, last))
     rest = (*map(_dispatch._dense, vectors), groups, eps, activation, last)
@@ -184,26 +180,12 @@ def _gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """dv for x and residual, and what the sums over positions say of the parameters."""
     mean, rstd, *tensors = ctx.saved_tensors
-    residual, weight, bias, scale, shift = tensors[1:]
-    grad_x, (plain, along) = torch.ops.fastdiff.group_norm_silu_backward(
-        grad, mean, rstd, *tensors, ctx.groups, ctx.eps, ctx.activation
-    )
-    factor = 1 if scale is None else scale
-    by_scale = along if weight is None else weight * along
-    by_scale = by_scale if bias is None else by_scale + bias * plain
-    return (
-        grad_x,
-        None if residual is None else grad_x.clone(),
-        *(
-            None if a is None else (factor * b).sum(0).to(a.dtype)
-            for a, b in ((weight, along), (bias, plain))
-        ),
-        *(
-            None if a is None else b.sum_to_size(a.shape).to(a.dtype)
-            for a, b in ((scale, by_scale), (shift, plain))
-        ),
-        *[None] * 3,
-    )
+    with torch.no_grad():
+        grad_x, sums = torch.ops.fastdiff.group_norm_silu_backward(
+            grad, mean, rstd, *tensors, ctx.groups, ctx.eps, ctx.activation
+        )
+        found = gradients(grad_x, sums, *tensors[1:])
+    return *only_once(found), None, None, None
 
 
 _dispatch._register("group_norm_silu", _forward, _forward_fake)

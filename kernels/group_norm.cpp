@@ -1,46 +1,88 @@
 // The CPU's loops of group_norm_silu and its gradient, behind cpu.cpp in one translation unit. A task is a sample's groups
 // first..last of channels; formulas stand in group_norm.py and group_norm_backward.py.
+#include <array>
 #include <vector>
 
 namespace {
 
-constexpr int STRETCH = 1024, ROWS = 64, LANES = 64;  // sums of that many float32 terms or rows join in double
+constexpr int STRETCH = 1024, ROWS = 64, LANES = 32;  // sums of that many float32 terms or rows join in double
+template <int K> using Terms = std::array<float, K>;
 
-inline float silu(float h) { return h / (1.0f + exact_exp(-h)); }
+// one instruction where the processor has it: unlike in cpu.cpp, nothing here need have the same bits elsewhere
+inline float mul_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// exact_exp with fused steps
+inline float quick_exp(float y) {
+  y = std::max(EXP_LO, std::min(EXP_HI, y));
+  float rounded = mul_add(y, LOG2E, ROUNDER), n = rounded - ROUNDER;
+  float r = mul_add(-n, LN2_LO, mul_add(-n, LN2_HI, y));
+  float p = mul_add(mul_add(mul_add(EXP[6], r, EXP[5]), r, EXP[4]), r, EXP[3]);  // written out: a loop here is not unrolled
+  p = mul_add(mul_add(mul_add(p, r, EXP[2]), r, EXP[1]), r, EXP[0]);
+  return p * as_float((int32_t)((uint32_t)(as_int(rounded) + 127) << 23));
+}
+
+inline float silu(float h) { return h / (1.0f + quick_exp(-h)); }
 
 inline float silu_slope(float h) {
-  float s = 1.0f / (1.0f + exact_exp(-h));
-  return s * (1.0f + h * (1.0f - s));
+  float s = 1.0f / (1.0f + quick_exp(-h));
+  return s * mul_add(h, 1.0f - s, 1.0f);
 }
 
-// many sums side by side, so that the compiler need not reorder one
-template <class F> inline double sum(int64_t count, F term) {
-  double total = 0;
-  for (int64_t start = 0; start < count; start += STRETCH) {
-    const int64_t end = std::min<int64_t>(count, start + STRETCH), whole = start + (end - start) / LANES * LANES;
-    float part[LANES] = {0};
-    for (int64_t i = start; i < whole; i += LANES)
-      for (int k = 0; k < LANES; k++) part[k] += term(i + k);
-    for (int64_t i = whole; i < end; i++) total += term(i);
-    for (int k = 0; k < LANES; k++) total += part[k];
+// K sums of `count` terms, in many lanes side by side, so that the compiler need not reorder one
+template <int K, class F> inline std::array<double, K> sum(int64_t count, F term) {
+  std::array<double, K> out{};
+  const int64_t whole = count / LANES * LANES;
+  for (int64_t i = whole; i < count; i++) {
+    const Terms<K> t = term(i);
+    for (int k = 0; k < K; k++) out[k] += t[k];
   }
-  return total;
+  for (int64_t start = 0; start < whole; start += STRETCH) {
+    const int64_t end = std::min<int64_t>(whole, start + STRETCH);
+    float part[K][LANES] = {};
+    for (int64_t i = start; i < end; i += LANES)
+#pragma GCC ivdep
+      for (int lane = 0; lane < LANES; lane++) {
+        const Terms<K> t = term(i + lane);
+        for (int k = 0; k < K; k++) part[k][lane] += t[k];
+      }
+    for (int k = 0; k < K; k++) {
+      float sixteen[16];
+      double four[4];
+      for (int j = 0; j < 16; j++) sixteen[j] = part[k][j] + part[k][j + 16];
+      for (int j = 0; j < 4; j++)
+        four[j] = ((double)sixteen[j] + sixteen[j + 4]) + ((double)sixteen[j + 8] + sixteen[j + 12]);
+      out[k] += (four[0] + four[1]) + (four[2] + four[3]);
+    }
+  }
+  return out;
 }
 
-// out[c] += sum over `count` rows, `width` apart by `step`, of term(index of the element, c)
-template <class F> inline void sum_rows(double* out, int64_t count, int64_t step, int64_t width, std::vector<float>& part, F term) {
+// out[k][c] = the K sums over `count` rows, `width` apart by `step`, of term(index of the element, c); part: room for K rows
+template <int K, class F> inline void sum_rows(double* out, int64_t count, int64_t step, int64_t width, float* part, F term) {
+  std::fill(out, out + K * width, 0.0);
   for (int64_t start = 0; start < count; start += ROWS) {
-    std::fill(part.begin(), part.end(), 0.0f);
-    float* __restrict p = part.data();
+    std::fill(part, part + K * width, 0.0f);
+    float* __restrict p = part;
     const int64_t end = std::min<int64_t>(count, start + ROWS), whole = start + (end - start) / 4 * 4;
     for (int64_t s = start; s < whole; s += 4)
+#pragma GCC ivdep
       for (int64_t c = 0; c < width; c++) {
         const int64_t i = s * step + c;
-        p[c] += (term(i, c) + term(i + step, c)) + (term(i + 2 * step, c) + term(i + 3 * step, c));
+        const Terms<K> t0 = term(i, c), t1 = term(i + step, c), t2 = term(i + 2 * step, c), t3 = term(i + 3 * step, c);
+        for (int k = 0; k < K; k++) p[k * width + c] += (t0[k] + t1[k]) + (t2[k] + t3[k]);
       }
     for (int64_t s = whole; s < end; s++)
-      for (int64_t c = 0; c < width; c++) p[c] += term(s * step + c, c);
-    for (int64_t c = 0; c < width; c++) out[c] += p[c];
+      for (int64_t c = 0; c < width; c++) {
+        const Terms<K> t = term(s * step + c, c);
+        for (int k = 0; k < K; k++) p[k * width + c] += t[k];
+      }
+    for (int64_t c = 0; c < K * width; c++) out[c] += p[c];
   }
 }
 
@@ -49,141 +91,160 @@ inline int64_t parts_of(int64_t batch, int64_t groups, bool last, int threads) {
   return last ? (batch >= threads ? 1 : std::min<int64_t>(groups, threads)) : groups;
 }
 
+// What Python packs for a call (_group_norm_cpu.py). x, y, grad, grad_x: [batch, channels, n], or [batch, n, channels] where last;
+// mean, rstd: [batch, groups], or null where nobody wants them; weight, bias: [channels]; scale, shift: [channels] of each sample,
+// `step` (0: shared) apart; sums: [2, batch, channels].
+struct Norm {
+  float *y, *mean, *rstd;
+  const float *x, *weight, *bias, *scale, *shift, *grad;
+  float *grad_x, *sums;
+  int64_t scale_step, shift_step, batch, channels, n, groups;
+  double eps;
+  int activation, last, threads;
+
+  float gain(int64_t b, int64_t c) const { return (weight ? weight[c] : 1.0f) * (scale ? scale[b * scale_step + c] : 1.0f); }
+  float offset(int64_t b, int64_t c) const {
+    const float own = bias ? bias[c] * (scale ? scale[b * scale_step + c] : 1.0f) : 0.0f;
+    return own + (shift ? shift[b * shift_step + c] : 0.0f);
+  }
+};
+
+template <bool last, bool activation> void forward(const Norm f) {
+  const int64_t batch = f.batch, channels = f.channels, n = f.n, groups = f.groups;
+  const int64_t own = channels / groups, parts = parts_of(batch, groups, last, f.threads), widest = (groups + parts - 1) / parts * own;
+#pragma omp parallel num_threads(f.threads) if (batch * channels * n > SERIAL)
+  {
+    std::vector<double> totals(last ? widest : 0);
+    std::vector<float> room(4 * widest);
+    float *part = room.data(), *ms = part + widest, *as = ms + widest, *os = as + widest;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < batch * parts; task++) {
+      const int64_t b = task / parts, part_of_b = task - b * parts;
+      const int64_t g0 = last ? part_of_b * groups / parts : part_of_b, g1 = last ? (part_of_b + 1) * groups / parts : g0 + 1;
+      const int64_t first = g0 * own, width = (g1 - g0) * own, start = b * channels * n + (last ? first : first * n);
+      const float* __restrict xs = f.x + start;
+      float* __restrict ys = f.y + start;
+      const double count = (double)(own * n);
+      const auto through = [](float h) { return activation ? silu(h) : h; };
+      const auto of_group = [&](int64_t k) {
+        double total = 0;
+        for (int64_t c = k; c < k + own; c++) total += totals[c];
+        return total;
+      };
+      if (last) sum_rows<1>(totals.data(), n, channels, width, part, [=](int64_t i, int64_t) { return Terms<1>{xs[i]}; });
+      for (int64_t k = 0; k < width; k += own) {
+        const double total = last ? of_group(k) : sum<1>(own * n, [=](int64_t i) { return Terms<1>{xs[i]}; })[0];
+        std::fill(ms + k, ms + k + own, (float)(total / count));
+      }
+      if (last)
+        sum_rows<1>(totals.data(), n, channels, width, part, [=](int64_t i, int64_t c) {
+          return Terms<1>{(xs[i] - ms[c]) * (xs[i] - ms[c])};
+        });
+      for (int64_t k = 0; k < width; k += own) {
+        const float centre = ms[k];
+        const double total = last ? of_group(k) : sum<1>(own * n, [=](int64_t i) {
+          return Terms<1>{(xs[i] - centre) * (xs[i] - centre)};
+        })[0];
+        const float r = (float)(1.0 / std::sqrt(total / count + f.eps));
+        if (f.mean) f.mean[b * groups + g0 + k / own] = centre;
+        if (f.rstd) f.rstd[b * groups + g0 + k / own] = r;
+        for (int64_t c = k; c < k + own; c++) {
+          as[c] = r * f.gain(b, first + c);
+          os[c] = f.offset(b, first + c);
+        }
+      }
+      for (int64_t row = 0; row < (last ? n : width); row++) {
+        const int64_t base = last ? row * channels : row * n;
+        const float *__restrict from = xs + base, *__restrict m = ms, *__restrict a = as, *__restrict o = os;
+        float* __restrict to = ys + base;
+        if (last)
+          for (int64_t c = 0; c < width; c++) to[c] = through(mul_add(from[c] - m[c], a[c], o[c]));
+        else {
+          const float centre = m[row], slope = a[row], shift = o[row];
+          for (int64_t i = 0; i < n; i++) to[i] = through(mul_add(from[i] - centre, slope, shift));
+        }
+      }
+    }
+  }
+}
+
+// grad_x holds the gradient of h until the sums are known
+template <bool last, bool activation> void backward(const Norm f) {
+  const int64_t batch = f.batch, channels = f.channels, n = f.n, groups = f.groups;
+  const int64_t own = channels / groups, parts = parts_of(batch, groups, last, f.threads), widest = (groups + parts - 1) / parts * own;
+#pragma omp parallel num_threads(f.threads) if (batch * channels * n > SERIAL)
+  {
+    std::vector<double> totals(2 * widest);
+    std::vector<float> room(8 * widest);
+    float *part = room.data(), *ms = part + 2 * widest, *rs = ms + widest, *as = rs + widest, *os = as + widest;
+    float *ps = os + widest, *qs = ps + widest;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < batch * parts; task++) {
+      const int64_t b = task / parts, part_of_b = task - b * parts;
+      const int64_t g0 = last ? part_of_b * groups / parts : part_of_b, g1 = last ? (part_of_b + 1) * groups / parts : g0 + 1;
+      const int64_t first = g0 * own, width = (g1 - g0) * own, start = b * channels * n + (last ? first : first * n);
+      const float *__restrict xs = f.x + start, *__restrict gs = f.grad + start;
+      float* __restrict out = f.grad_x + start;
+      for (int64_t c = 0; c < width; c++) {
+        const int64_t g = b * groups + g0 + c / own;
+        ms[c] = f.mean[g];
+        rs[c] = f.rstd[g];
+        as[c] = f.gain(b, first + c);
+        os[c] = f.offset(b, first + c);
+      }
+      const auto through = [=](int64_t i, float x_hat, float gain, float offset) {
+        const float slope = activation ? silu_slope(mul_add(x_hat, gain, offset)) : 1.0f;
+        out[i] = gs[i] * slope;
+        return Terms<2>{out[i], out[i] * x_hat};
+      };
+      if (last)
+        sum_rows<2>(totals.data(), n, channels, width, part,
+                    [=](int64_t i, int64_t c) { return through(i, (xs[i] - ms[c]) * rs[c], as[c], os[c]); });
+      else
+        for (int64_t c = 0; c < width; c++) {
+          const float centre = ms[c], inverse = rs[c], gain = as[c], offset = os[c];
+          const auto found = sum<2>(n, [=](int64_t i) { return through(c * n + i, (xs[c * n + i] - centre) * inverse, gain, offset); });
+          totals[c] = found[0];
+          totals[width + c] = found[1];
+        }
+      for (int64_t k = 0; k < width; k += own) {
+        double plain_mean = 0, along_mean = 0;
+        for (int64_t c = k; c < k + own; c++) {
+          f.sums[b * channels + first + c] = (float)totals[c];
+          f.sums[(batch + b) * channels + first + c] = (float)totals[width + c];
+          plain_mean += as[c] * totals[c];
+          along_mean += as[c] * totals[width + c];
+        }
+        std::fill(ps + k, ps + k + own, (float)(plain_mean / (double)(own * n)));
+        std::fill(qs + k, qs + k + own, (float)(along_mean / (double)(own * n)));
+      }
+      const auto finish = [](float gh, float v, float centre, float inverse, float gain, float plain, float along) {
+        return (mul_add(gain, gh, -plain) - (v - centre) * inverse * along) * inverse;
+      };
+      for (int64_t row = 0; row < (last ? n : width); row++) {
+        const int64_t base = last ? row * channels : row * n;
+        const float *__restrict from = xs + base, *__restrict m = ms, *__restrict r = rs, *__restrict a = as;
+        const float *__restrict p = ps, *__restrict q = qs;
+        float* __restrict to = out + base;
+        if (last)
+          for (int64_t c = 0; c < width; c++) to[c] = finish(to[c], from[c], m[c], r[c], a[c], p[c], q[c]);
+        else
+          for (int64_t i = 0; i < n; i++) to[i] = finish(to[i], from[i], m[row], r[row], a[row], p[row], q[row]);
+      }
+    }
+  }
+}
+
+// by last, then activation
+using Loop = void (*)(Norm);
+constexpr Loop FORWARD[] = {forward<false, false>, forward<false, true>, forward<true, false>, forward<true, true>};
+constexpr Loop BACKWARD[] = {backward<false, false>, backward<false, true>, backward<true, false>, backward<true, true>};
+
 }  // namespace
 
 extern "C" {
 
-// x, y: [batch, channels, n], or [batch, n, channels] where last; gain, offset: a sample's values `step` (0: shared) apart, or null
-void fd_group_norm(float* y, float* mean, float* rstd, const float* x, const float* gain, const float* offset,
-                   int64_t gain_step, int64_t offset_step, int64_t batch, int64_t channels, int64_t n, int64_t groups, double eps,
-                   int activation, int last, int threads) {
-  const int64_t own = channels / groups, parts = parts_of(batch, groups, last, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * channels * n > SERIAL)
-  for (int64_t task = 0; task < batch * parts; task++) {
-    const int64_t b = task / parts, g0 = task % parts * groups / parts, g1 = (task % parts + 1) * groups / parts;
-    const int64_t first = g0 * own, width = (g1 - g0) * own, start = b * channels * n + (last ? first : first * n);
-    const float* __restrict xs = x + start;
-    float* __restrict ys = y + start;
-    std::vector<double> sums(last ? width : 0), squares(last ? width : 0);
-    std::vector<float> part(last ? width : 0), m(width), a(width), o(width);
-    if (last) sum_rows(sums.data(), n, channels, width, part, [=](int64_t i, int64_t) { return xs[i]; });
-    for (int64_t g = g0; g < g1; g++) {
-      double total = 0;
-      if (last)
-        for (int64_t c = 0; c < own; c++) total += sums[(g - g0) * own + c];
-      else
-        total = sum(own * n, [=](int64_t i) { return xs[i]; });
-      mean[b * groups + g] = (float)(total / (double)(own * n));
-      for (int64_t c = 0; c < own; c++) m[(g - g0) * own + c] = mean[b * groups + g];
-    }
-    const float* ms = m.data();
-    if (last)
-      sum_rows(squares.data(), n, channels, width, part, [=](int64_t i, int64_t c) {
-        float d = xs[i] - ms[c];
-        return d * d;
-      });
-    for (int64_t g = g0; g < g1; g++) {
-      double total = 0;
-      const float centre = mean[b * groups + g];
-      if (last)
-        for (int64_t c = 0; c < own; c++) total += squares[(g - g0) * own + c];
-      else
-        total = sum(own * n, [=](int64_t i) {
-          float d = xs[i] - centre;
-          return d * d;
-        });
-      const float r = rstd[b * groups + g] = (float)(1.0 / std::sqrt(total / (double)(own * n) + eps));
-      for (int64_t c = 0; c < own; c++) {
-        const int64_t k = (g - g0) * own + c;
-        a[k] = gain ? r * gain[b * gain_step + first + k] : r;
-        o[k] = offset ? offset[b * offset_step + first + k] : 0.0f;
-      }
-    }
-    for (int64_t row = 0; row < (last ? n : width); row++) {
-      const int64_t base = last ? row * channels : row * n;
-      const float *as = a.data(), *os = o.data();
-      if (last && activation)
-        for (int64_t c = 0; c < width; c++) ys[base + c] = silu((xs[base + c] - ms[c]) * as[c] + os[c]);
-      else if (last)
-        for (int64_t c = 0; c < width; c++) ys[base + c] = (xs[base + c] - ms[c]) * as[c] + os[c];
-      else {
-        const float centre = ms[row], slope = as[row], shift = os[row];
-        if (activation)
-          for (int64_t i = 0; i < n; i++) ys[base + i] = silu((xs[base + i] - centre) * slope + shift);
-        else
-          for (int64_t i = 0; i < n; i++) ys[base + i] = (xs[base + i] - centre) * slope + shift;
-      }
-    }
-  }
-}
-
-// grad_x, grad like x; sums: [2, batch, channels]. grad_x holds the gradient of h until the sums are known.
-void fd_group_norm_backward(float* grad_x, float* sums, const float* grad, const float* mean, const float* rstd, const float* x,
-                            const float* gain, const float* offset, int64_t gain_step, int64_t offset_step,
-                            int64_t batch, int64_t channels, int64_t n, int64_t groups, int activation, int last, int threads) {
-  const int64_t own = channels / groups, parts = parts_of(batch, groups, last, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * channels * n > SERIAL)
-  for (int64_t task = 0; task < batch * parts; task++) {
-    const int64_t b = task / parts, g0 = task % parts * groups / parts, g1 = (task % parts + 1) * groups / parts;
-    const int64_t first = g0 * own, width = (g1 - g0) * own, start = b * channels * n + (last ? first : first * n);
-    const float *__restrict xs = x + start, *__restrict gs = grad + start;
-    float* __restrict out = grad_x + start;
-    std::vector<double> plain(width), along(width);
-    std::vector<float> part(last ? width : 0), m(width), r(width), a(width), o(width), p(width), q(width);
-    for (int64_t k = 0; k < width; k++) {
-      const int64_t g = b * groups + g0 + k / own;
-      m[k] = mean[g];
-      r[k] = rstd[g];
-      a[k] = gain ? gain[b * gain_step + first + k] : 1.0f;
-      o[k] = offset ? offset[b * offset_step + first + k] : 0.0f;
-    }
-    const float *ms = m.data(), *rr = r.data(), *as = a.data(), *os = o.data();
-    for (int64_t row = 0; row < (last ? n : width); row++) {
-      const int64_t base = last ? row * channels : row * n, count = last ? width : n;
-      if (!activation) std::copy(gs + base, gs + base + count, out + base);
-      else if (last)
-        for (int64_t c = 0; c < width; c++)
-          out[base + c] = gs[base + c] * silu_slope((xs[base + c] - ms[c]) * rr[c] * as[c] + os[c]);
-      else {
-        const float centre = ms[row], inverse = rr[row], slope = as[row], shift = os[row];
-        for (int64_t i = 0; i < n; i++)
-          out[base + i] = gs[base + i] * silu_slope((xs[base + i] - centre) * inverse * slope + shift);
-      }
-    }
-    if (last) {
-      sum_rows(plain.data(), n, channels, width, part, [=](int64_t i, int64_t) { return out[i]; });
-      sum_rows(along.data(), n, channels, width, part,
-               [=](int64_t i, int64_t c) { return out[i] * ((xs[i] - ms[c]) * rr[c]); });
-    } else
-      for (int64_t c = 0; c < width; c++) {
-        const float centre = ms[c], inverse = rr[c];
-        plain[c] = sum(n, [=](int64_t i) { return out[c * n + i]; });
-        along[c] = sum(n, [=](int64_t i) { return out[c * n + i] * ((xs[c * n + i] - centre) * inverse); });
-      }
-    for (int64_t k = 0; k < width; k += own) {
-      double plain_mean = 0, along_mean = 0;
-      for (int64_t c = k; c < k + own; c++) {
-        sums[b * channels + first + c] = (float)plain[c];
-        sums[(batch + b) * channels + first + c] = (float)along[c];
-        plain_mean += a[c] * plain[c];
-        along_mean += a[c] * along[c];
-      }
-      std::fill(p.begin() + k, p.begin() + k + own, (float)(plain_mean / (double)(own * n)));
-      std::fill(q.begin() + k, q.begin() + k + own, (float)(along_mean / (double)(own * n)));
-    }
-    const float *ps = p.data(), *qs = q.data();
-    for (int64_t row = 0; row < (last ? n : width); row++) {
-      const int64_t base = last ? row * channels : row * n;
-      if (last)
-        for (int64_t c = 0; c < width; c++)
-          out[base + c] = (as[c] * out[base + c] - ps[c] - (xs[base + c] - ms[c]) * rr[c] * qs[c]) * rr[c];
-      else {
-        const float centre = ms[row], inverse = rr[row], slope = as[row], one = ps[row], two = qs[row];
-        for (int64_t i = 0; i < n; i++)
-          out[base + i] = (slope * out[base + i] - one - (xs[base + i] - centre) * inverse * two) * inverse;
-      }
-    }
-  }
-}
+void fd_group_norm(const Norm* f) { FORWARD[2 * f->last + f->activation](*f); }
+void fd_group_norm_backward(const Norm* f) { BACKWARD[2 * f->last + f->activation](*f); }
 
 }  // extern "C"
