@@ -184,16 +184,31 @@ def _denoising_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch
     if not inputs[-1]:
         raise RuntimeError("denoising_loss was run with with_grad=False, so it has no gradient")
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or the engine fills a tensor of out's size with zeros
     ctx.save_for_backward(output[1])
 
 
 def _denoising_loss_backward(
-    ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor
+    ctx: Any, grad_loss: torch.Tensor | None, _: None
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradient that the loss's own pass has left, times each sample's."""
+    if grad_loss is None:
+        return (None,) * 11
     (grad,) = ctx.saved_tensors
-    each = grad_loss.view(-1, *[1] * (grad.dim() - 1))
-    return (grad * each).to(grad.dtype), *[None] * 10
+    return _times_each(grad, grad_loss), *[None] * 10
+
+
+def _times_each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
+    """A gradient that the forward pass has saved, times one number for each sample.
+
+    In its own memory where the graph is not kept for another pass, so that training holds it once; a tracer,
+    which gives tensors of its own types, plans memory itself.
+    """
+    each = each.view(-1, *[1] * (saved.dim() - 1))
+    is_needed_again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if is_needed_again or type(saved) is not torch.Tensor:
+        return (saved * each).to(saved.dtype)
+    return saved.mul_(each)
 
 
 def _vlb_terms(
@@ -225,18 +240,20 @@ def _vlb_terms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tens
         raise RuntimeError("vlb_terms was run without gradients, so it has none")
     ctx.is_learned = x0.shape != out.shape
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
 def _vlb_terms_backward(
-    ctx: Any, grad_vlb: torch.Tensor, _mean: torch.Tensor, _v: torch.Tensor
+    ctx: Any, grad_vlb: torch.Tensor | None, _mean: None, _v: None
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients that the forward pass has left, times each sample's; 0 for a half that is detached."""
+    if grad_vlb is None:
+        return (None,) * 7
     mean, v = ctx.saved_tensors
     either = mean if ctx.grad_mean else v
-    each = grad_vlb.view(-1, *[1] * (either.dim() - 1))
     kept = [(mean, ctx.grad_mean)] + [(v, ctx.grad_v)] * ctx.is_learned
-    halves = [(g * each).to(g.dtype) if wanted else torch.zeros_like(either) for g, wanted in kept]
+    halves = [_times_each(g, grad_vlb) if wanted else torch.zeros_like(either) for g, wanted in kept]
     grad = halves[0] if len(halves) == 1 else torch.cat(halves, 1)
     return None, None, grad, *[None] * 4
 

@@ -172,13 +172,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
     *tensors, ctx.groups, ctx.eps, ctx.activation = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(mean, rstd, *tensors)
 
 
 def _gradients(
-    ctx: Any, grad: torch.Tensor, _mean: torch.Tensor, _rstd: torch.Tensor
+    ctx: Any, grad: torch.Tensor | None, _mean: None, _rstd: None
 ) -> tuple[torch.Tensor | None, ...]:
     """dv for x and residual, and what the sums over positions say of the parameters."""
+    if grad is None:
+        return (None,) * 9
     mean, rstd, *tensors = ctx.saved_tensors
     with torch.no_grad():
         grad_x, sums = torch.ops.fastdiff.group_norm_silu_backward(

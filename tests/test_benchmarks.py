@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_chain, bench_memory, bench_noise, bench_step, record, report
+from benchmarks import bench_chain, bench_memory, bench_noise, bench_ops, bench_step, record, report
 from fastdiff import ops
 from fastdiff.kernels import cpu
 
@@ -26,14 +26,48 @@ def speed_up(comparison: record.Comparison, variant: str = "fastdiff") -> float:
 
 
 def test_a_large_ddpm_step_is_faster_than_diffusers():
-    if cpu.library(wait=True) is None:
-        pytest.skip("needs a C++ compiler")
+    compiled_kernels()
     assert speed_up(bench_step.step_speed("ddpm", peers=False, rounds=9)) >= bench_step.NEEDED
 
 
 def test_normals_without_a_compiler_take_at_most_ten_times_torch_randn():
     call = "bench_noise.normal_speed(9).speed_ups['fastdiff, no C++ compiler']"
     assert record.in_fresh_process(call, FASTDIFF_NATIVE="0") >= 1 / bench_noise.SLOWEST
+
+
+def compiled_kernels():
+    if cpu.library(wait=True) is None:
+        pytest.skip("needs a C++ compiler")
+
+
+@pytest.fixture
+def one_thread():
+    """What runs beside a test delays a second thread, and with it whoever waits for both."""
+    compiled_kernels()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_normals_with_a_compiler_are_not_slower_than_torch_randn(one_thread):
+    assert speed_up(bench_noise.normal_speed(9)) >= 1 / bench_noise.SLOWEST_COMPILED
+
+
+def test_group_norm_with_silu_is_faster_than_torch_in_channels_last(one_thread):
+    assert speed_up(bench_ops.norm_speed("16x64x16x16", "channels_last", rounds=9)) >= 1
+
+
+def test_loss_that_redraws_its_noise_is_not_slower_than_a_stored_one(one_thread):
+    assert speed_up(bench_ops.loss_speed(9)) >= 1 / bench_ops.SLOWEST_LOSS
+
+
+@linux
+def test_loss_that_redraws_its_noise_holds_no_noise():
+    for redraw in (False, True):
+        bench_ops.loss_held(redraw)
+    assert bench_ops.loss_held(redraw=True) <= bench_ops.MOST_HELD
+    assert bench_ops.loss_held(redraw=False) >= bench_ops.MOST_HELD
 
 
 def test_noise_is_a_small_share_of_a_chain_without_a_compiler():

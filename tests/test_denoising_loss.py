@@ -186,6 +186,28 @@ def test_gradient_is_not_made_where_nobody_wants_it(monkeypatch: pytest.MonkeyPa
     assert wanted == [False, False, True]
 
 
+def test_gradient_is_the_same_again_where_the_graph_is_kept() -> None:
+    """Without `retain_graph` the saved gradient becomes the result, in its own memory."""
+    f = operands(12, batch=3)
+    out = f.out.clone().requires_grad_()
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    loss = ops.denoising_loss(out, f.x0, f.alpha_sigma, f.t, f.seed, f.sample_id, f.draw)
+    found = []
+    for kept in (True, True, False):
+        found += torch.autograd.grad((loss * weights).sum(), out, retain_graph=kept)
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
+    assert len({grad.data_ptr() for grad in found}) == 3
+
+
+def test_loss_that_nobody_differentiates_leaves_no_gradient() -> None:
+    f = operands(12, batch=3)
+    out = f.out.clone().requires_grad_()
+    loss = ops.denoising_loss(out, f.x0, f.alpha_sigma, f.t, 0, None, 0)
+    (grad,) = torch.autograd.grad(out.sum() + 0 * loss.detach().sum(), out)
+    assert torch.equal(grad, torch.ones_like(out))
+
+
 def loss(**changes: Any) -> Callable[[], Any]:
     f = operands(6, batch=2)
     given = dict(out=f.out, x0=f.x0, alpha_sigma=f.alpha_sigma, t=f.t, seed=0, sample_ids=None, draw=0)

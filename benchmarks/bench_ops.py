@@ -1,0 +1,160 @@
+"""The operators beside a chain's step: GroupNorm with SiLU, and the loss that draws its noise again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastdiff as fd
+from benchmarks.bench_memory import peak_bytes
+from benchmarks.record import Comparison, Quantity, compare
+from fastdiff.kernels import cpu
+
+IMAGES = {  # [B, C, H, W] and groups
+    "1x64x8x8": ((1, 64, 8, 8), 16),
+    "1x128x32x32": ((1, 128, 32, 32), 32),
+    "16x64x16x16": ((16, 64, 16, 16), 16),
+    "16x128x32x32": ((16, 128, 32, 32), 32),
+}
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+LOSS_SHAPE = (16, 3, 250, 250)  # 3 million elements
+SLOWEST_LOSS = 1.15  # times mse_loss's time with the noise stored: what a busy machine is allowed
+MOST_HELD = 2.3  # states: x_t, the gradient, and scratch memory
+GUARD_NORM = "tests/test_benchmarks.py::test_group_norm_with_silu_is_faster_than_torch_in_channels_last"
+GUARD_LOSS = "tests/test_benchmarks.py::test_loss_that_redraws_its_noise_is_not_slower_than_a_stored_one"
+GUARD_MEMORY = "tests/test_benchmarks.py::test_loss_that_redraws_its_noise_holds_no_noise"
+
+
+def norm_variants(image: str, layout: str, train: bool) -> dict[str, Callable[[], Any]]:
+    """GroupNorm and SiLU with affine parameters, alone or with the gradients of all three.
+
+    Raises:
+        AssertionError: the results differ by more than float32's rounding.
+    """
+    shape, groups = IMAGES[image]
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, grad = (
+        torch.randn(s, generator=generator) for s in (shape, shape[1:2], shape[1:2], shape)
+    )
+    x, grad = (a.to(memory_format=FORMATS[layout]) for a in (x, grad))
+    for leaf in (x, weight, bias):
+        leaf.requires_grad_(train)
+
+    def eager() -> Tensor:
+        return F.silu(F.group_norm(x, groups, weight, bias))
+
+    def ours() -> Tensor:
+        return fd.ops.group_norm_silu(x, groups, weight, bias)
+
+    torch.testing.assert_close(ours(), eager(), rtol=1e-4, atol=1e-4)
+    if not train:
+        return {"torch": eager, "fastdiff": ours}
+    return {
+        "torch": lambda: torch.autograd.backward(eager(), grad),
+        "fastdiff": lambda: torch.autograd.backward(ours(), grad),
+    }
+
+
+def norm_speed(image: str, layout: str, train: bool = False, rounds: int = 15) -> Comparison:
+    """`group_norm_silu` against torch's two operators."""
+    cpu.library(wait=True)
+    what = "forward and gradient" if train else "forward"
+    guard = GUARD_NORM if (image, layout, train) == ("16x64x16x16", "channels_last", False) else ""
+    return compare(
+        "ops",
+        f"GroupNorm and SiLU, {image} {layout}, {what}",
+        norm_variants(image, layout, train),
+        "torch",
+        rounds=rounds,
+        guard=guard,
+        dtype="float32",
+        groups=IMAGES[image][1],
+    )
+
+
+def loss_variants(shape: tuple[int, ...] = LOSS_SHAPE) -> dict[str, Callable[[], Any]]:
+    """The loss of a network's output and its gradient, with the noise stored, and drawn again.
+
+    Raises:
+        AssertionError: the two losses or gradients differ by more than float32's rounding.
+    """
+    cpu.library(wait=True)
+    levels = torch.stack([torch.linspace(1, 0, 10), torch.linspace(0, 1, 10)], 1)
+    t = torch.arange(shape[0]) % 10
+    _, noise = fd.ops.q_sample(torch.zeros(shape), levels, t, 0, None, 0, target="eps")
+    x0, out = torch.zeros(shape), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    out.requires_grad_()
+
+    def stored() -> tuple[Tensor, Tensor]:
+        loss = F.mse_loss(out, noise)
+        return loss.detach(), torch.autograd.grad(loss, out)[0]
+
+    def redrawn() -> tuple[Tensor, Tensor]:
+        loss = fd.ops.denoising_loss(out, x0, levels, t, 0, None, 0).mean()
+        return loss.detach(), torch.autograd.grad(loss, out)[0]
+
+    for ours, theirs in zip(redrawn(), stored(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7 / math.prod(shape[1:]))
+    return {"mse_loss, noise stored": stored, "fastdiff": redrawn}
+
+
+def loss_speed(rounds: int = 15) -> Comparison:
+    """`denoising_loss` against `mse_loss` with the noise kept from the forward process."""
+    return compare(
+        "ops",
+        f"loss and gradient, {math.prod(LOSS_SHAPE) / 1e6:g} million elements",
+        loss_variants(),
+        "mse_loss, noise stored",
+        rounds=rounds,
+        guard=GUARD_LOSS,
+        shape=list(LOSS_SHAPE),
+        dtype="float32",
+        target="eps",
+    )
+
+
+def loss_held(redraw: bool, batch: int = 64) -> float:
+    """Peak memory of one q_sample, loss and gradient, over x_t's: x_t, the gradient, and the noise if stored.
+
+    Linux only, as `peak_bytes` is.
+    """
+    shape = (batch, *LOSS_SHAPE[1:])
+    levels, t = torch.tensor([[0.8, 0.6]]), torch.zeros(batch, dtype=torch.int64)
+    x0, out = torch.zeros(shape), torch.zeros(shape, requires_grad=True)
+
+    def step() -> Any:
+        target = None if redraw else "eps"
+        x_t, noise = fd.ops.q_sample(x0, levels, t, 0, None, 0, target=target)
+        if redraw:
+            loss = fd.ops.denoising_loss(out, x0, levels, t, 0, None, 0).mean()
+        else:
+            loss = F.mse_loss(out, noise)
+        return x_t, torch.autograd.grad(loss, out)
+
+    return peak_bytes(step) / (4 * math.prod(shape))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("image", IMAGES)
+def bench_norm(image, layout, train, measured):
+    measured(norm_speed(image, layout, train), norm_variants(image, layout, train)["fastdiff"])
+
+
+def bench_loss(measured):
+    measured(loss_speed(), loss_variants()["fastdiff"])
+
+
+@pytest.mark.parametrize("redraw", [False, True], ids=["stored", "redrawn"])
+def bench_loss_held(redraw, benchmark, keep):
+    held = benchmark.pedantic(partial(loss_held, redraw), rounds=1)
+    name = f"x_t, loss and gradient, noise {'redrawn' if redraw else 'stored'}: peak"
+    guard = GUARD_MEMORY if redraw else ""
+    keep(Quantity("ops", name, held, "states", MOST_HELD if redraw else None, {"batch": 64}, guard))
