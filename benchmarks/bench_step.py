@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -31,6 +31,7 @@ def schedulers() -> dict[str, Any]:
     return made
 
 
+@cache
 def table(solver: str) -> fd.SamplingTable:
     """All steps of the linear chain, x0 clipped to [-1, 1]."""
     levels = fd.NoiseLevels.from_schedule(fd.NoiseSchedule.linear(T), range(T))
@@ -57,24 +58,27 @@ def plain_step(solver: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tens
 
 
 def step_variants(
-    solver: str, shape: tuple[int, ...] = SHAPE, peers: bool = True
+    solver: str, shape: tuple[int, ...] = SHAPE, peers: bool = True, device: str = "cpu"
 ) -> dict[str, Callable[[], Any]]:
     """The same step in several ways; each has drawn its noise and clipped x0 when it returns.
 
     Args:
         solver: "ddpm" or "ddim".
         shape: [B, ...] of the state.
-        peers: plain torch, torch.compile and fastdiff without a compiler as well.
+        peers: plain torch, torch.compile and, on a CPU, fastdiff without a compiler as well.
+        device: where the state lies.
     """
     cpu.library(wait=True)
-    generator = torch.Generator().manual_seed(0)
-    x, out = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    x, out = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
     scheduler = schedulers()[solver]
-    packed, row = table(solver).pack(), torch.full((shape[0],), ROW, dtype=torch.int32)
+    packed = table(solver).pack().to(device)
+    row = torch.full((shape[0],), ROW, dtype=torch.int32, device=device)
+    key = fd.ops.noise_key(0, shape[0], None, device)
     state = x.clone()
     variants = {
         "diffusers": partial(scheduler.step, out, T - 1 - ROW, x, generator=generator),
-        "fastdiff": partial(fd.ops.reverse_step, state, out, packed, row, seed=0),
+        "fastdiff": partial(fd.ops.reverse_step, state, out, packed, row, *key),
     }
     if not peers:
         return variants
@@ -85,11 +89,8 @@ def step_variants(
 
     plain = plain_step(solver)
     compiled = torch.compile(plain, fullgraph=True)
-    return variants | {
-        "torch": partial(plain, x, out),
-        "torch.compile": partial(compiled, x, out),
-        "fastdiff, no C++ compiler": uncompiled,
-    }
+    variants |= {"torch": partial(plain, x, out), "torch.compile": partial(compiled, x, out)}
+    return variants | ({"fastdiff, no C++ compiler": uncompiled} if device == "cpu" else {})
 
 
 def step_speed(

@@ -94,6 +94,7 @@ def compare(
     rounds: int = 15,
     least_seconds: float = 0.02,
     guard: str = "",
+    settle: Callable[[], Any] = lambda: None,
     **about: Any,
 ) -> Comparison:
     """Time variants of one task against each other.
@@ -104,19 +105,20 @@ def compare(
         baseline: the label of the one that the others are compared with.
         rounds: how often each variant is timed.
         least_seconds: a timing repeats a faster call until it takes this long.
+        settle: waits for a device at both ends of a timing, which so holds its work and not its queue.
 
     Raises:
         ValueError: no such baseline.
     """
     if baseline not in variants:
         raise ValueError(f"`baseline` must be one of {', '.join(variants)}, got {baseline!r}")
-    repeats = {label: _repeats(run, least_seconds) for label, run in variants.items()}
+    repeats = {label: _repeats(run, least_seconds, settle) for label, run in variants.items()}
     seconds: dict[str, list[float]] = {label: [] for label in variants}
     labels = list(variants)
     for i in range(rounds):
         turn = i % len(labels)
         for label in labels[turn:] + labels[:turn]:
-            seconds[label].append(_time(variants[label], repeats[label]))
+            seconds[label].append(_time(variants[label], repeats[label], settle))
     speed_ups = {
         label: statistics.median(b / s for b, s in zip(seconds[baseline], seconds[label], strict=True))
         for label in labels
@@ -135,24 +137,27 @@ def times_of(seconds: list[float]) -> Times:
     )
 
 
-def _time(run: Callable[[], Any], repeats: int) -> float:
+def _time(run: Callable[[], Any], repeats: int, settle: Callable[[], Any]) -> float:
     """Seconds of one call, over `repeats` calls."""
+    settle()
     start = time.perf_counter()
     for _ in range(repeats):
         run()
+    settle()
     return (time.perf_counter() - start) / repeats
 
 
-def _repeats(run: Callable[[], Any], least_seconds: float) -> int:
+def _repeats(run: Callable[[], Any], least_seconds: float, settle: Callable[[], Any]) -> int:
     """How many calls take `least_seconds`, after one call that warms up."""
     run()
-    return max(1, round(least_seconds / max(_time(run, 1), 1e-9)))
+    return max(1, round(least_seconds / max(_time(run, 1, settle), 1e-9)))
 
 
 @functools.cache  # one record for all results of a run
 def machine() -> dict[str, Any]:
     """What the figures belong to: processor, threads, versions, compiler, commit, and how busy it was."""
     return {
+        "gpu": _gpu(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -176,6 +181,14 @@ def _processor() -> str:
     flags = found.get("flags", "").split()
     wide = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in flags]
     return " ".join([found.get("model name", platform.machine()), *wide])
+
+
+def _gpu() -> str | None:
+    """The current GPU, its driver and CUDA's version; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}"
 
 
 def _version(name: str) -> str | None:

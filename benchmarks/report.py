@@ -25,6 +25,8 @@ from fastdiff.files import atomic_path
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 _SECTION = re.compile(r"(<!-- results: (?!end)([a-z]+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
+ON_A_GPU = ("gpukernels", "gpuops")  # the groups of benchmarks/gpu.py
+UNMEASURED = "Not measured: no record of a GPU is in benchmarks/results.\n"
 Result = tuple[Comparison | Quantity, dict[str, Any]]
 
 
@@ -57,9 +59,15 @@ def table(found: Sequence[Result]) -> str:
 
 
 def overview(groups: Mapping[str, Sequence[Result]]) -> str:
-    """Markdown: every comparison that has a variant `fastdiff` as one line, the largest speed-up first."""
+    """Markdown: every comparison that has a variant `fastdiff` as one line, the largest speed-up first.
+
+    Operators that are no step of a chain have a table of their own, not this one.
+    """
     found = [
-        pair for group in groups.values() for pair in group if "fastdiff" in getattr(pair[0], "times", ())
+        pair
+        for name, group in groups.items()
+        for pair in group
+        if name not in ("ops", *ON_A_GPU) and "fastdiff" in getattr(pair[0], "times", ())
     ]
     found.sort(key=lambda pair: -pair[0].speed_ups["fastdiff"])
     rows = [
@@ -104,7 +112,8 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _where(machine: Mapping[str, Any]) -> str:
     """The machine's record as a line."""
     versions = ", ".join(f"{n} {machine[n]}" for n in ("torch", "triton", "diffusers", "numpy") if machine[n])
-    return (
+    gpu = f"{machine['gpu']}; " if machine.get("gpu") else ""
+    return gpu + (
         f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, "
         f"{machine['system']}, Python {machine['python']}, {versions}; {machine['compiler']}; "
         f"commit {machine['commit']}, {machine['when'][:10]}."
@@ -114,12 +123,16 @@ def _where(machine: Mapping[str, Any]) -> str:
 def up_to_date(text: str, groups: Mapping[str, Sequence[Result]]) -> str:
     """A document with the table of each marked group in place of what stands between its markers.
 
+    A group of a GPU's figures that has no results says that it was not measured.
+
     Raises:
         ValueError: a marker names a group that has no results.
     """
 
     def section(match: re.Match[str]) -> str:
         start, group, end = match.groups()
+        if group in ON_A_GPU and group not in groups:
+            return f"{start}\n{UNMEASURED}\n{end}"
         if group != "begin" and group not in groups:
             known = ", ".join(["begin", *groups])
             raise ValueError(f"`results: {group}` must name one of {known}; measure it first")
