@@ -218,27 +218,21 @@ def _bound(d: Device, executed: float, pipes: dict[str, float], traffic: float) 
     return slowest, times[slowest] / times["memory"] if traffic else float("inf")
 
 
+_HEAD = (
+    "kernel variant target regs stack spill shared instr slow FMA int special fused wide bytes least bound "
+    "accesses"
+)
+
+
 def to_table(rows: Sequence[Report]) -> str:
-    """The reports as text in columns."""
-    head = (
-        "kernel",
-        "variant",
-        "target",
-        "regs",
-        "spill",
-        "shared",
-        "instr",
-        "slow",
-        "FMA",
-        "int",
-        "special",
-    )
-    lines: list[tuple[str, ...]] = [(*head, "fused", "wide", "bytes", "least", "bound")]
+    """The reports as text in columns; a thread's accesses to global memory as how many of which width."""
+    lines: list[tuple[str, ...]] = [tuple(_HEAD.split())]
     for r in rows:
         pipes = (f"{r.pipes.get(p, 0.0):.1f}" for p in ("multiply-add", "integer and logic", "special"))
         bounds = ", ".join(f"{device} {what} {ratio:.2f}x" for device, (what, ratio) in r.bounds.items())
-        numbers = (r.registers, r.spills + r.stack, r.shared, f"{r.executed:.1f}", f"{r.slow:.1f}", *pipes)
-        ends = (r.fused, f"{100 * r.wide:.0f}%", f"{r.traffic:g}", f"{r.least:g}", bounds or "-")
+        accesses = ", ".join(f"{what} x{count}" for what, count in r.accesses.items())
+        numbers = (r.registers, r.stack, r.spills, r.shared, f"{r.executed:.1f}", f"{r.slow:.1f}", *pipes)
+        ends = (r.fused, f"{100 * r.wide:.0f}%", f"{r.traffic:g}", f"{r.least:g}", bounds or "-", accesses)
         lines.append((r.kernel, r.variant, r.target, *map(str, numbers), *map(str, ends)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from functools import cache, partial
 
 import pytest
@@ -157,21 +158,83 @@ def test_addresses_of_elements_have_64_bits(n: int) -> None:
     assert set(scalars) == {"i64"}
 
 
-def test_addresses_of_counted_elements_have_64_bits() -> None:
-    for launch in inspect.launches(lambda: _specialisations.threshold(n=2**31 - 16))[:-1]:
-        text = inspect.compile_for(launch, "sm_90").asm["ttir"]
-        scalars = re.findall(r"tt\.addptr %(?:x|out|counts)_ptr\S*, %\S+ : !tt\.ptr<\w+>, (i\d+)", text)
-        assert scalars
-        assert set(scalars) <= {"i64", "i32"}
-        assert scalars[0] == "i64"
-
-
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_scale_of_a_threshold_is_one_warp_without_spills(target: str) -> None:
     launch = inspect.launches(_specialisations.threshold)[-1]
     code = _machine_code.nvidia(inspect.compile_for(launch, target).asm["cubin"])
     assert (code.spills, code.stack) == (0, 0)
     assert len(code.executed) <= 1000
+
+
+# the tensors of as many elements as there are; others are indexed by sample, channel, group or program
+FULL = [
+    "x",
+    "y",
+    "out",
+    "u",
+    "reg",
+    "x0",
+    "x_t",
+    "target",
+    "loss_grad",
+    "grad",
+    "grad_x",
+    "grad_mean",
+    "grad_v",
+    "residual",
+    "noise",
+    "z",
+]
+LARGE = 2**31 + 16
+
+
+def narrow_addresses(ttir: str) -> list[str]:
+    """Additions to a full tensor's address of 32 bits that depend on which program it is."""
+    from_program, pointers, wrong = set(), {f"%{name}_ptr" for name in FULL}, []
+    for line in ttir.splitlines():
+        if not (m := re.match(r"\s*(%\w+)(?::\d+)? = (\S+) (.*?)(?: loc\(|$)", line)):
+            continue
+        result, operation, rest = m.groups()
+        operands = re.findall(r"%\w+", rest)
+        if operation == "tt.addptr" and operands[0] in pointers and operands[1] in from_program:
+            wrong += [] if rest.rstrip(">").endswith("i64") else [line.strip()]
+        if operands and operands[0] in pointers and operation in ("tt.addptr", "tt.splat", "tt.broadcast"):
+            pointers.add(result)
+        if operation == "tt.get_program_id" or from_program & set(operands):
+            from_program.add(result)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        partial(_specialisations.q_sample, "v", n=LARGE),
+        partial(_specialisations.denoising_loss, "v", n=LARGE),
+        partial(_specialisations.vlb_terms, n=LARGE),
+        partial(_specialisations.normal, n=LARGE),
+        partial(_specialisations.threshold, n=2**31 - 16),  # more it refuses
+        partial(_specialisations.group_norm_silu, LARGE // 128, last=True),
+        partial(_specialisations.group_norm_silu, LARGE // 128, backward=True),
+    ],
+    ids=["q_sample", "denoising_loss", "vlb_terms", "normal", "threshold", "group_norm_silu", "its gradient"],
+)
+def test_no_kernel_reaches_a_large_tensors_end_with_32_bits(run: Callable[[], None]) -> None:
+    for launch in inspect.launches(run):
+        text = inspect.compile_for(launch, "sm_90").asm["ttir"]
+        named = set(re.findall(r"%(\w+)_ptr", text)) & set(FULL)
+        assert named or launch.kernel.fn.__name__ in ("_combine_kernel", "_scale_kernel")
+        assert narrow_addresses(text) == []
+
+
+def test_a_narrow_address_is_noticed() -> None:
+    text = """
+    %pid = tt.get_program_id x : i32 loc(#loc1)
+    %start = arith.muli %pid, %c256 : i32 loc(#loc2)
+    %at = tt.splat %start : i32 -> tensor<256xi32> loc(#loc3)
+    %x = tt.splat %x_ptr : !tt.ptr<f32> -> tensor<256x!tt.ptr<f32>> loc(#loc4)
+    %x_0 = tt.addptr %x, %at : tensor<256x!tt.ptr<f32>>, tensor<256xi32> loc(#loc5)"""
+    assert len(narrow_addresses(text)) == 1
+    assert narrow_addresses(text.replace("tensor<256xi32>", "tensor<256xi64>")) == []
 
 
 def test_launcher_fits_the_limits_of_the_grid() -> None:
@@ -260,6 +323,8 @@ def test_report_prints_as_table_and_json_and_says_that_it_is_a_model() -> None:
     assert len(table) == 4
     assert "H100" in table[1]
     assert "H200" in table[1]
+    assert table[0].split()[-1] == "accesses"
+    assert f"load 128 x{rows[0].accesses['load 128']}" in table[1]
     assert table[-1] == inspect.NOTE
     assert "not a measurement" in inspect.NOTE
     read = json.loads(inspect.to_json(rows))

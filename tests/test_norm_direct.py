@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -162,6 +163,16 @@ def test_second_derivative_is_refused_not_taken_for_zero(way: str, monkeypatch: 
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="group_norm_silu has no second derivative"):
         (y.sum() + grad.square().sum()).backward()
+
+
+def test_threads_do_not_meet_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    go("direct", monkeypatch)
+    images = [torch.randn(1, 8, 40, 40, generator=torch.Generator().manual_seed(i)) for i in range(16)]
+    expected = [ops.group_norm_silu(x, 4) for x in images]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda x: ops.group_norm_silu(x, 4), images))
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one, other)
 
 
 def test_choosing_a_backend_is_heeded_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
