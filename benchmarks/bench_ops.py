@@ -24,7 +24,7 @@ IMAGES = {  # [B, C, H, W] and groups
 }
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 LOSS_SHAPE = (16, 3, 250, 250)  # 3 million elements
-SLOWEST_LOSS = 1.15  # times mse_loss's time with the noise stored: what a busy machine is allowed
+SLOWEST_LOSS = 1.25  # times mse_loss's time with the noise stored: what a busy machine is allowed
 MOST_HELD = 2.3  # states: x_t, the gradient, and scratch memory
 GUARD_NORM = "tests/test_benchmarks.py::test_group_norm_with_silu_is_faster_than_torch_in_channels_last"
 GUARD_LOSS = "tests/test_benchmarks.py::test_loss_that_redraws_its_noise_is_not_slower_than_a_stored_one"
