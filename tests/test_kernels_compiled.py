@@ -25,6 +25,10 @@ BUDGETS = {  # executed instructions per element, registers
     "reverse_step K=0 bf16": (90, 64),
     "reverse_step K=0 fp32": (90, 64),
     "reverse_step K=0 bf16 preview": (90, 64),
+    "reverse_step K=0 bf16 guided": (95, 64),
+    "reverse_step K=0 bf16 learned": (120, 64),
+    "reverse_step K=1 bf16": (105, 72),
+    "reverse_step K=3 bf16": (156, 128),
     "q_sample bf16": (65, 64),
     "denoising_loss bf16 eps": (70, 64),
     "vlb_terms bf16 learned, both paths": (280, 128),  # of which a sample takes one
