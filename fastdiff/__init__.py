@@ -20,6 +20,7 @@ if _find_spec("fastdiff.kernels") is None:
 
 from fastdiff import adapters, ops
 from fastdiff.clip import DynamicThreshold
+from fastdiff.capture import CaptureReport, explain_capture
 from fastdiff.editing import slerp
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import EMA, UNet
@@ -35,6 +36,7 @@ __all__ = [
     "EMA",
     "RNG_VERSION",
     "DynamicThreshold",
+    "CaptureReport",
     "Moment",
     "NoiseLevels",
     "NoiseSchedule",
@@ -44,6 +46,7 @@ __all__ = [
     "UNet",
     "adapters",
     "compile_table",
+    "explain_capture",
     "ops",
     "slerp",
     "space_timesteps",

@@ -42,7 +42,7 @@ def test_json_is_the_report(few: None) -> None:
 def test_missing_triton_and_wrong_options_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor() == (
         2,
-        "fastdiff: `doctor` needs to be told what to examine; `--kernels` is what there is\n",
+        "fastdiff: `doctor` needs to be told what to examine: `--kernels` or `--model`\n",
     )
     code, text = doctor("--kernels", "--target", "sm_9")
     assert code == 2

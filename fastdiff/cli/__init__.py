@@ -59,6 +59,7 @@ _OPTIONS = {
     "accumulate": "accumulate", "keep_checkpoints": "keep", "lr_schedule": "lr-schedule", "warmup": "warmup",
     "label_dropout": "label-dropout", "weight_decay": "weight-decay", "cache": "cache", "compile": "compile",
     "resume": "resume",
+    "example": "shape",
 }  # fmt: skip
 
 
