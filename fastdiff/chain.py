@@ -17,7 +17,7 @@ import torch
 from fastdiff import ops
 from fastdiff.editing import Ending
 from fastdiff.lanes import Lanes
-from fastdiff.nn import prediction_of
+from fastdiff.nn import EmbeddingTable, UNet, embedding_table, prediction_of
 from fastdiff.table import SamplingTable
 
 # how many normals are drawn in one pass where no compiled kernel draws them: enough that NumPy's calls cost
@@ -39,6 +39,8 @@ class Batch:
         cond: the network's arguments by lane.
         known, mask: [num, ...] the part of an image that is kept (bool mask), or None.
         x0: [num, ...] float32, the network's x0 of the last row, or None where nobody looks at it.
+        x0_scale: [num] float32 of dynamic thresholding, or None without it.
+        embedding: the network's embedding for the rows to come, where it is tabulated.
     """
 
     x: torch.Tensor
@@ -53,6 +55,8 @@ class Batch:
     known: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     x0: torch.Tensor | None = None
+    x0_scale: torch.Tensor | None = None
+    embedding: EmbeddingTable | None = None
 
 
 class Program:
@@ -143,13 +147,25 @@ class Program:
         """
         batch.row.fill_(row)
         batch.t.fill_(int(self.table.t[row]) if self._whole_times else float(self.table.t[row]))
-        out = prediction_of(model(batch.u, batch.t, **batch.cond))
+        out = self._evaluate(model, batch, row)
         self._check_output(out, batch.u.shape)
         torch.ops.fastdiff.reverse_step_(
             batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, self._packed.coef,
             self._packed.plan, batch.row, batch.seed, batch.sample_id, batch.lanes.cond, batch.lanes.uncond,
             batch.lanes.scale, noise, self._packed.threshold, batch.known, batch.mask, batch.x0,
         )  # fmt: skip
+
+    def tabulate(self, model: Callable[..., Any], batch: Batch) -> None:
+        """Let the steps of a batch find what depends on time and class alone in a table, where one fits."""
+        times = torch.tensor(self.table.t, device=self.device).to(batch.t.dtype)
+        batch.embedding = embedding_table(model, times, batch.cond)
+
+    def _evaluate(self, model: Callable[..., Any], batch: Batch, row: int) -> torch.Tensor:
+        """The network's output at a row."""
+        if batch.embedding is None:
+            return prediction_of(model(batch.u, batch.t, **batch.cond))
+        assert isinstance(model, UNet)
+        return model.forward_embedded(batch.u, batch.embedding.at(row))
 
     def _check_output(self, out: torch.Tensor, given: torch.Size) -> None:
         """The network's output against the table's contract."""

@@ -383,6 +383,7 @@ class Sampler:
         states = [batch.x.clone()] if trajectory else []
         drawn = program.noise_rows(batch) if noise is None else iter(noise.to(self.device, torch.float32))
         with evaluating(self.model), torch.inference_mode():
+            program.tabulate(self.model, batch)
             for row in rows:
                 program.step(self.model, batch, row, next(drawn))
                 if table.ends_step[row]:

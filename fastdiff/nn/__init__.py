@@ -3,6 +3,15 @@
 from fastdiff.nn.ema import EMA
 from fastdiff.nn.outputs import prediction_of
 from fastdiff.nn.pretrained import embedded_models, load_config
+from fastdiff.nn.tabulated import EmbeddingTable, embedding_table
 from fastdiff.nn.unet import UNet
 
-__all__ = ["EMA", "UNet", "embedded_models", "load_config", "prediction_of"]
+__all__ = [
+    "EMA",
+    "EmbeddingTable",
+    "UNet",
+    "embedded_models",
+    "embedding_table",
+    "load_config",
+    "prediction_of",
+]
