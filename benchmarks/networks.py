@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff as fd
+from examples.action_unet import ActionUNet
 
 
 class MLP(nn.Module):
@@ -40,6 +41,17 @@ def digits() -> tuple[nn.Module, tuple[int, ...]]:
     """The embedded model and its sample's shape."""
     sampler = fd.Sampler.from_pretrained("digits")
     return sampler.model, sampler.shape
+
+
+def action_unet(batch: int, widths: tuple[int, ...] = (64, 128, 256)) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A policy as others write it, Conv1d over [B, horizon, actions], and what it is called with."""
+    example = torch.zeros(batch, 16, 7), torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, 20)
+    return _filled(ActionUNet(7, 20, widths)), example
+
+
+def large_action_unet(batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The same at the width of the paper's."""
+    return action_unet(batch, (256, 512, 1024))
 
 
 def _filled(network: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from fastdiff.capture import CaptureReport, explain_capture
 from fastdiff.editing import slerp
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import EMA, UNet
+from fastdiff.optimization import Optimization, optimize
 from fastdiff.sampler import Moment, Sampler
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import compile_table
@@ -41,6 +42,7 @@ __all__ = [
     "NoiseLevels",
     "NoiseSchedule",
     "Objective",
+    "Optimization",
     "Sampler",
     "SamplingTable",
     "UNet",
@@ -48,6 +50,7 @@ __all__ = [
     "compile_table",
     "explain_capture",
     "ops",
+    "optimize",
     "slerp",
     "space_timesteps",
 ]

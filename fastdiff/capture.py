@@ -9,7 +9,6 @@ from __future__ import annotations
 import linecache
 import re
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ _NOT_LINKED = "not linked with support for cuda"
 _ABOUT_DEVICES = re.compile(r"cuda|not linked|\bdevice\b|accelerator", re.IGNORECASE)
 # frames in these folders are not the user's: torch's own, Python's, and this file
 _TORCH = str(Path(torch.__file__).parent)
-_STDLIB = sysconfig.get_paths()["stdlib"]
+_STDLIB = str(Path(linecache.__file__).parent)
 _WAITS = {
     torch.cuda.synchronize.__code__: "torch.cuda.synchronize",
     torch.cuda.Stream.synchronize.__code__: "torch.cuda.Stream.synchronize",
