@@ -19,8 +19,8 @@ if _find_spec("fastdiff.kernels") is None:
     )
 
 from fastdiff import adapters, ops
-from fastdiff.clip import DynamicThreshold
 from fastdiff.capture import CaptureReport, explain_capture
+from fastdiff.clip import DynamicThreshold
 from fastdiff.editing import slerp
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import EMA, UNet
@@ -36,8 +36,8 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "RNG_VERSION",
-    "DynamicThreshold",
     "CaptureReport",
+    "DynamicThreshold",
     "Moment",
     "NoiseLevels",
     "NoiseSchedule",

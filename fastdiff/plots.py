@@ -161,6 +161,37 @@ def show_table(table: SamplingTable, path: str | os.PathLike[str]) -> Path:
     return _save(figure, target)
 
 
+def show_latencies(seconds: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Draw how long calls took: a histogram of each series, with its median and its 99th percentile.
+
+    Args:
+        seconds: name -> [calls] seconds.
+        path: as for `show_schedule`.
+    Returns, Raises: as `show_schedule`; ValueError: a series without calls.
+    """
+    target = check_target(path)
+    series = {name: 1e3 * np.asarray(values, dtype=np.float64) for name, values in seconds.items()}
+    if not series or any(not values.size for values in series.values()):
+        raise ValueError("`seconds` must hold series of at least one call each; measure some")
+    figure = _figure(9, 1.2 + 2.2 * len(series))
+    axes = figure.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
+    # What lies beyond is counted in the last bin: one long call must not squeeze the others into a line.
+    end = 1.3 * max(np.percentile(values, 99) for values in series.values())
+    bins = np.linspace(0.9 * min(values.min() for values in series.values()), end, 80)
+    for axis, (name, values) in zip(axes, series.items(), strict=True):
+        p50, p99 = np.percentile(values, (50, 99))
+        title = (
+            f"{name}: p50 {p50:.2f} ms, p99 {p99:.2f} ms, {len(values)} calls, longest {values.max():.1f} ms"
+        )
+        _style(axis, title, "ms; the last bin holds what is longer" if axis is axes[-1] else "")
+        axis.hist(values.clip(max=end), bins=bins, color=_SIGNAL)
+        axis.axvline(p50, color=_THIRD, linewidth=1.2, label="p50")
+        axis.axvline(p99, color=_NOISE, linewidth=1.2, linestyle="--", label="p99")
+        axis.set_ylabel("calls")
+    axes[0].legend(frameon=False)
+    return _save(figure, target)
+
+
 def _groups(table: SamplingTable) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
     """Of each output: its name, the terms that any row has, their coefficients, rows that only keep it."""
     state = ["x", *(f"r{k}" for k in range(1, table.registers + 1))]

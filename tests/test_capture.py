@@ -110,7 +110,8 @@ def test_the_fused_step_and_the_row_counter_pass():
 
     def step(x, u, row, t, key, coef, plan):
         out = sampler.model(u, t)
-        torch.ops.fastdiff.reverse_step_(x, None, out, u, coef, plan, row, key, key, None, None, None, None)
+        rest = [None] * 8  # without registers, guidance, given noise, thresholding and a known part
+        torch.ops.fastdiff.reverse_step_(x, None, out, u, coef, plan, row, key, key, *rest)
         torch.ops.fastdiff.advance_(row, coef, t, None, None, None, None)
 
     x, whole = torch.zeros(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64)
