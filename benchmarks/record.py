@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from fastdiff.files import read_json, write_json
+from fastdiff.timing import interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -119,9 +120,10 @@ def compare(
         turn = i % len(labels)
         for label in labels[turn:] + labels[:turn]:
             seconds[label].append(_time(variants[label], repeats[label], settle))
+    seconds = interleaved(variants, rounds, least_seconds)
     speed_ups = {
         label: statistics.median(b / s for b, s in zip(seconds[baseline], seconds[label], strict=True))
-        for label in labels
+        for label in variants
         if label != baseline
     }
     times = {label: times_of(values) for label, values in seconds.items()}

@@ -192,6 +192,46 @@ def show_latencies(seconds: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     return _save(figure, target)
 
 
+def show_shares(chains: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> Path:
+    """Draw where the time of a row goes: a bar for each chain, a colour for each part.
+
+    Args:
+        chains: name -> part -> seconds of one row; the parts of all chains are those of the first.
+        path: as for `show_schedule`.
+    Returns, Raises: as `show_schedule`.
+    """
+    target = check_target(path)
+    figure = _figure(9, 1.4 + 0.7 * len(chains))
+    axis = figure.subplots()
+    _style(axis, "", "share of a row's time")
+    names = list(chains)
+    left = np.zeros(len(names))
+    totals = np.array([sum(parts.values()) for parts in chains.values()])
+    for part, colour in zip(next(iter(chains.values())), (_GREY, _SIGNAL, _NOISE, _THIRD), strict=True):
+        seconds = np.array([parts[part] for parts in chains.values()])
+        width = seconds / np.maximum(totals, 1e-12)
+        axis.barh(names, width, left=left, color=colour, label=part, height=0.6)
+        for y, share in enumerate(width):
+            if share > 0.04:
+                axis.text(left[y] + share / 2, y, f"{share:.0%}", ha="center", va="center", color="white")
+        left += width
+    for y, total in enumerate(totals):
+        axis.text(1.01, y, f"{1e6 * total:.0f} µs", va="center", fontsize=9)
+    axis.set_xlim(0, 1)
+    axis.xaxis.set_major_locator(_plain_locator())
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.grid(axis="y", visible=False)
+    axis.invert_yaxis()
+    axis.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0))
+    return _save(figure, target)
+
+
+def _plain_locator() -> Any:
+    from matplotlib.ticker import MultipleLocator
+
+    return MultipleLocator(0.2)
+
+
 def _groups(table: SamplingTable) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
     """Of each output: its name, the terms that any row has, their coefficients, rows that only keep it."""
     state = ["x", *(f"r{k}" for k in range(1, table.registers + 1))]

@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports rooms of its own layer or below, never in a circle. `kernels` lies under all of them, and the
 # package itself, which names the public API, above.
 LAYERS = {
-    0: "files pictures _arguments",
+    0: "files pictures timing _arguments",
     1: "schedule spacing levels clip table",
     2: "solvers plots words",
     3: "_dispatch _norm_direct _norm _step ops nn",
     4: "editing lanes chain sampler graph train likelihood _fake _capture_rules capture optimization",
-    5: "engine generate adapters",
+    5: "engine generate shares adapters",
     6: "cli __main__",
 }
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms.split()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from fastdiff.cli import doctor, sample, show, train
+from fastdiff.cli import bench, doctor, sample, show, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,6 +72,6 @@ def _as_options(message: str) -> str:
     return re.sub(r"`([a-z_=A-Z]+)`", option, message)
 
 
-for _module in (sample, train, show, doctor):
+for _module in (sample, train, show, doctor, bench):
     _command = getattr(_module, _module.__name__.rpartition(".")[2])
     app.command(epilog=_module.EXAMPLES)(_plain_errors(_command))
