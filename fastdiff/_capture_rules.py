@@ -48,7 +48,7 @@ LIST = Rule(
     "a list as an index becomes a tensor on the CPU, which is copied to the device",
     "make the index once in __init__ with register_buffer, or use slices",
 )
-PIN = Rule("it allocates pinned memory of the CPU", "pin and copy before the network is called", ends=False)
+PIN = Rule("it allocates pinned memory of the CPU", "pin and copy before the network is called")
 MEET = Rule(
     "a tensor on the CPU with dimensions meets one on the device",
     "register_buffer(..., persistent=False) in place of a plain attribute, so that it moves with the "

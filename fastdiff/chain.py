@@ -17,7 +17,7 @@ import torch
 from fastdiff import ops
 from fastdiff.editing import Ending
 from fastdiff.lanes import Lanes
-from fastdiff.nn import EmbeddingTable, UNet, embedding_table, prediction_of
+from fastdiff.nn import EmbeddingTable, RowTimes, UNet, embedding_table, prediction_of
 from fastdiff.table import SamplingTable
 
 # how many normals are drawn in one pass where no compiled kernel draws them: enough that NumPy's calls cost
@@ -81,6 +81,8 @@ class Program:
         self.dtype = dtype
         self._packed = table.pack(device, endings=endings)
         self._whole_times = bool((table.t == table.t.round()).all())
+        whole = torch.int64 if self._whole_times else torch.float32
+        self._times = RowTimes(table.t.tolist(), device, whole)
         self._reads_noise = (table.from_noise != 0).any(axis=1).tolist()
         self._feeds_state = dtype == torch.float32 and bool((table.c_in == 1).all())
 
@@ -110,9 +112,7 @@ class Program:
             if registers
             else None,
             u=u,
-            t=torch.zeros(
-                len(u), dtype=torch.int64 if self._whole_times else torch.float32, device=self.device
-            ),
+            t=torch.zeros(len(u), dtype=self._times.dtype, device=self.device),
             row=self._packed.start(num),
             seed=seed,
             sample_id=ids,
@@ -157,8 +157,7 @@ class Program:
 
     def tabulate(self, model: Callable[..., Any], batch: Batch) -> None:
         """Let the steps of a batch find what depends on time and class alone in a table, where one fits."""
-        times = torch.tensor(self.table.t, device=self.device).to(batch.t.dtype)
-        batch.embedding = embedding_table(model, times, batch.cond)
+        batch.embedding = embedding_table(model, self._times, batch.cond)
 
     def _evaluate(self, model: Callable[..., Any], batch: Batch, row: int) -> torch.Tensor:
         """The network's output at a row."""

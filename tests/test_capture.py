@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import fastdiff as fd
 from fastdiff.capture import CAVEAT, explain_capture
 from fastdiff.cli import app
+from fastdiff.nn import EmbeddingTable
 
 EXAMPLE = torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
 
@@ -117,6 +119,25 @@ def test_the_fused_step_and_the_row_counter_pass():
     x, whole = torch.zeros(2, 2, 8, 8), torch.zeros(2, dtype=torch.int64)
     row = table.start(2)
     assert explain_capture(step, (x, x, row, whole, whole, table.coef, table.plan)).findings == ()
+
+
+def test_an_embedding_gathered_from_a_table_passes():
+    """What a step holds in place of the embedding where lanes stand at their own rows."""
+    model = network()
+
+    def step(x, buffer, slot, lane_class, lane_row):
+        table = SimpleNamespace(buffer=buffer, slot=slot, lane_class=lane_class, _num_classes=3)
+        return model.forward_embedded(x, EmbeddingTable.gather(table, lane_row))
+
+    whole = torch.zeros(2, dtype=torch.int64)
+    example = (
+        torch.zeros(2, 2, 8, 8),
+        torch.zeros(30, model.embedding_size),
+        torch.zeros(10).long(),
+        whole,
+        whole,
+    )
+    assert explain_capture(step, example).findings == ()
 
 
 class Nested(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff import chain
-from fastdiff.nn import UNet, embedding_table
+from fastdiff.nn import RowTimes, UNet, embedding_table
 from fastdiff.nn.tabulated import CHUNK_ROWS, MAX_BYTES
 
 SCHEDULE = fd.NoiseSchedule.linear(1000)
@@ -35,6 +35,10 @@ def plainly(monkeypatch, run):
     with monkeypatch.context() as patched:
         patched.setattr(chain, "embedding_table", lambda *args: None)
         return run()
+
+
+def rows(*times: int) -> RowTimes:
+    return RowTimes(times, torch.device("cpu"), torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +84,10 @@ def test_a_chain_with_a_table_is_the_chain_without(options, solver, steps, varia
 def test_a_row_of_the_table_is_the_embedding_itself(rank):
     model = network(rank=rank)
     x, _, labels = arguments(model, 3)
-    times = torch.tensor([999, 500, 500, 250, 0])
-    table = embedding_table(model, times, {"labels": labels})
+    times = [999, 500, 500, 250, 0]
+    table = embedding_table(model, rows(*times), {"labels": labels})
     for row, t in enumerate(times):
-        wanted = model(x, t.expand(3), labels)
+        wanted = model(x, torch.full((3,), t), labels)
         given = model.forward_embedded(x, table.at(row))
         assert float((given - wanted).detach().abs().max()) <= 1e-6 * float(wanted.detach().abs().max())
 
@@ -91,7 +95,7 @@ def test_a_row_of_the_table_is_the_embedding_itself(rank):
 def test_lanes_at_their_own_rows_gather_what_a_row_gives():
     model = network()
     labels = torch.tensor([2, 0, 2])
-    times = torch.tensor([900, 600, 600, 300])
+    times = rows(900, 600, 600, 300)
     table = embedding_table(model, times, {"labels": labels})
     table.hold(0)
     assert table.is_whole
@@ -152,7 +156,7 @@ def test_the_table_computes_a_chunk_of_rows_at_a_time(monkeypatch):
 
 def test_the_bytes_are_stated_and_capped():
     model = network()
-    times = torch.arange(200)
+    times = rows(*range(200))
     labels = torch.arange(3)
     table = embedding_table(model, times, {"labels": labels})
     assert table.nbytes == CHUNK_ROWS * 3 * model.embedding_size * 4 <= MAX_BYTES
@@ -217,17 +221,17 @@ def hooked(inside):
     ids=str,
 )
 def test_what_is_no_plain_unet_is_called_as_it_is(model, cond):
-    assert embedding_table(model, torch.arange(5), cond) is None
+    assert embedding_table(model, rows(*range(5)), cond) is None
 
 
-def test_a_chain_of_one_step_and_of_no_samples_run():
-    sampler = fd.Sampler(network(), SCHEDULE, steps=1, shape=SHAPE)
-    assert sampler.sample(3).shape == (3, *SHAPE)
+def test_chains_of_one_row_and_of_no_samples_need_no_table():
+    assert embedding_table(network(), rows(5), {}) is None
+    sampler = fd.Sampler(network(), SCHEDULE, steps=2, shape=SHAPE)
     assert sampler.sample(0, cond={"labels": torch.zeros(0, dtype=torch.int64)}).shape == (0, *SHAPE)
 
 
 def test_lower_precision_tabulates_in_its_own():
     model = network().to(torch.bfloat16)
-    table = embedding_table(model, torch.arange(5), {})
+    table = embedding_table(model, rows(*range(5)), {})
     assert table.buffer.dtype == torch.bfloat16
     assert torch.equal(table.at(3), model.embed(torch.arange(5))[3:4])

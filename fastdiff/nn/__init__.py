@@ -3,12 +3,13 @@
 from fastdiff.nn.ema import EMA
 from fastdiff.nn.outputs import prediction_of
 from fastdiff.nn.pretrained import embedded_models, load_config
-from fastdiff.nn.tabulated import EmbeddingTable, embedding_table
+from fastdiff.nn.tabulated import EmbeddingTable, RowTimes, embedding_table
 from fastdiff.nn.unet import UNet
 
 __all__ = [
     "EMA",
     "EmbeddingTable",
+    "RowTimes",
     "UNet",
     "embedded_models",
     "embedding_table",
