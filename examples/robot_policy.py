@@ -166,8 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-steps", type=int, default=1000, help="steps of training, some 20 ms each")
     parser.add_argument("--drives", type=int, default=200, help="drives that the policy is tried on")
     parser.add_argument("--calls", type=int, default=1000, help="plans whose latency is measured")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; one is steady on a busy machine")
     parser.add_argument("--out", type=Path, default=Path("policy.png"), help="the histogram")
     chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
     policy = train(chosen.train_steps)
     print(fd.optimize(policy))
     measured = {}

@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+from chains import one_thread
 from torch import nn
 
 import fastdiff as fd
 from examples.action_unet import ActionUNet
 from fastdiff import optimization
 
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 EXAMPLE = torch.randn(2, 16, 7), torch.tensor([3, 700]), torch.randn(2, 20)
 WEIGHT = "weight in channels_last order"
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from chains import one_thread
 from PIL import Image
 
 from examples import robot_policy as example
 from examples.action_unet import ActionUNet
 from fastdiff.plots import show_latencies
+
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ class Counting(torch.nn.Module):
 
 def test_the_example_runs_as_it_stands_in_short(tmp_path, capsys):
     out = tmp_path / "policy.png"
-    example.main(["--train-steps", "3", "--drives", "4", "--calls", "25", "--out", str(out)])
+    example.main(["--train-steps", "3", "--drives", "4", "--calls", "12", "--out", str(out)])
     text = capsys.readouterr().out
     assert text.count("of 4 drives reach the goal") == 2
     assert "from noise" in text

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from chains import one_thread
 from networks import network
 from PIL import Image
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from fastdiff.plots import show_shares
 from fastdiff.shares import PARTS, Shares, chain_shares
 from fastdiff.timing import interleaved
 
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 SCHEDULE = fd.NoiseSchedule.linear(1000)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from chains import one_thread
 from networks import arguments, network
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +15,7 @@ from fastdiff import chain
 from fastdiff.nn import RowTimes, UNet, embedding_table
 from fastdiff.nn.tabulated import CHUNK_ROWS, MAX_BYTES
 
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 SCHEDULE = fd.NoiseSchedule.linear(1000)
 SHAPE = (2, 6, 6)
 
