@@ -113,14 +113,7 @@ def compare(
     """
     if baseline not in variants:
         raise ValueError(f"`baseline` must be one of {', '.join(variants)}, got {baseline!r}")
-    repeats = {label: _repeats(run, least_seconds, settle) for label, run in variants.items()}
-    seconds: dict[str, list[float]] = {label: [] for label in variants}
-    labels = list(variants)
-    for i in range(rounds):
-        turn = i % len(labels)
-        for label in labels[turn:] + labels[:turn]:
-            seconds[label].append(_time(variants[label], repeats[label], settle))
-    seconds = interleaved(variants, rounds, least_seconds)
+    seconds = interleaved(variants, rounds, least_seconds, settle)
     speed_ups = {
         label: statistics.median(b / s for b, s in zip(seconds[baseline], seconds[label], strict=True))
         for label in variants
@@ -137,22 +130,6 @@ def times_of(seconds: list[float]) -> Times:
     return Times(
         statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered)
     )
-
-
-def _time(run: Callable[[], Any], repeats: int, settle: Callable[[], Any]) -> float:
-    """Seconds of one call, over `repeats` calls."""
-    settle()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    settle()
-    return (time.perf_counter() - start) / repeats
-
-
-def _repeats(run: Callable[[], Any], least_seconds: float, settle: Callable[[], Any]) -> int:
-    """How many calls take `least_seconds`, after one call that warms up."""
-    run()
-    return max(1, round(least_seconds / max(_time(run, 1, settle), 1e-9)))
 
 
 @functools.cache  # one record for all results of a run

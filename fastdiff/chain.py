@@ -39,7 +39,6 @@ class Batch:
         cond: the network's arguments by lane.
         known, mask: [num, ...] the part of an image that is kept (bool mask), or None.
         x0: [num, ...] float32, the network's x0 of the last row, or None where nobody looks at it.
-        x0_scale: [num] float32 of dynamic thresholding, or None without it.
         embedding: the network's embedding for the rows to come, where it is tabulated.
     """
 
@@ -55,7 +54,6 @@ class Batch:
     known: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     x0: torch.Tensor | None = None
-    x0_scale: torch.Tensor | None = None
     embedding: EmbeddingTable | None = None
 
 

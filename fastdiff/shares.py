@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,9 +87,12 @@ def chain_shares(
     channels = outputs.shape[1] // sampler.shape[0]
     number = outputs[(slice(None), slice(channels), *[slice(1)] * (outputs.dim() - 2))].clone()
     host = _without_network(sampler, number, (1,) * len(sampler.shape))
-    is_cuda = sampler.device.type == "cuda"
 
-    def run(chain: Sampler, noise: bool = False) -> Callable[[], None]:
+    def settle() -> None:
+        if sampler.device.type == "cuda":
+            torch.cuda.synchronize(sampler.device)
+
+    def run(chain: Sampler, noise: bool = False) -> Callable[[], Any]:
         given = torch.randn(rows, batch, *chain.shape, device=sampler.device) if noise else None
         options: dict[str, Any] = {
             "cond": cond,
@@ -97,18 +101,13 @@ def chain_shares(
             "noise": given,
         }
 
-        def once() -> None:
-            chain.sample(batch, **options)
-            if is_cuda:
-                torch.cuda.synchronize(sampler.device)
-
-        return once
+        return partial(chain.sample, batch, **options)
 
     draws = bool((sampler.table.from_noise != 0).any())
     chains = {"step": run(sampler), "bare": run(bare), "host": run(host, noise=draws)}
     if draws:
         chains["given"] = run(bare, noise=True)
-    seconds = interleaved(chains, rounds)
+    seconds = interleaved(chains, rounds, settle=settle)
     seconds.setdefault("given", seconds["bare"])
 
     def part(whole: str, without: str) -> float:

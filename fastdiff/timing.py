@@ -8,7 +8,10 @@ from typing import Any
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], Any]], rounds: int, least_seconds: float = 0.02
+    variants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    least_seconds: float = 0.02,
+    settle: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of one call of each variant, round by round.
 
@@ -19,26 +22,29 @@ def interleaved(
         variants: functions without arguments, by label.
         rounds: how often each is timed.
         least_seconds: a timing repeats a faster call until it takes this long.
+        settle: waits for a device at both ends of a timing, which so holds its work and not its queue.
     """
-    repeats = {label: _repeats(run, least_seconds) for label, run in variants.items()}
+    repeats = {label: _repeats(run, least_seconds, settle) for label, run in variants.items()}
     seconds: dict[str, list[float]] = {label: [] for label in variants}
     labels = list(variants)
     for i in range(rounds):
         turn = i % len(labels)
         for label in labels[turn:] + labels[:turn]:
-            seconds[label].append(_time(variants[label], repeats[label]))
+            seconds[label].append(_time(variants[label], repeats[label], settle))
     return seconds
 
 
-def _time(run: Callable[[], Any], repeats: int) -> float:
+def _time(run: Callable[[], Any], repeats: int, settle: Callable[[], Any]) -> float:
     """Seconds of one call, over `repeats` calls."""
+    settle()
     start = time.perf_counter()
     for _ in range(repeats):
         run()
+    settle()
     return (time.perf_counter() - start) / repeats
 
 
-def _repeats(run: Callable[[], Any], least_seconds: float) -> int:
+def _repeats(run: Callable[[], Any], least_seconds: float, settle: Callable[[], Any]) -> int:
     """How many calls take `least_seconds`, after one call that warms up."""
     run()
-    return max(1, round(least_seconds / max(_time(run, 1), 1e-9)))
+    return max(1, round(least_seconds / max(_time(run, 1, settle), 1e-9)))

@@ -112,7 +112,8 @@ def test_the_fused_step_and_the_row_counter_pass():
 
     def step(x, u, row, t, key, coef, plan):
         out = sampler.model(u, t)
-        rest = [None] * 8  # without registers, guidance, given noise, thresholding and a known part
+        lanes = known = [None] * 3
+        rest = (*lanes, None, False, *known)  # no guidance, given noise, threshold, known part
         torch.ops.fastdiff.reverse_step_(x, None, out, u, coef, plan, row, key, key, *rest)
         torch.ops.fastdiff.advance_(row, coef, t, None, None, None, None)
 

@@ -27,7 +27,7 @@ SCHEDULE = fd.NoiseSchedule.linear(1000)
 def test_the_parts_are_the_differences_of_the_four_chains(monkeypatch):
     seconds = {"step": [10.0, 12.0, 11.0], "bare": [4.0, 4.0, 4.0], "given": [2.5] * 3, "host": [0.5] * 3}
 
-    def fake(chains, rounds):
+    def fake(chains, rounds, settle):
         assert set(chains) == set(seconds)
         for run in chains.values():
             run()
@@ -82,8 +82,9 @@ def test_every_kind_of_chain_can_be_measured(options, model):
 
 def test_interleaving_times_every_variant_in_turning_order():
     order = []
-    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, 0.0)
-    assert order[-4:] == ["a", "b", "b", "a"]
+    variants = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = interleaved(variants, 2, 0.0, settle=lambda: order.append("|"))
+    assert "".join(order).endswith("|a||b||b||a|")
     assert {label: len(values) for label, values in seconds.items()} == {"a": 2, "b": 2}
 
 
