@@ -48,20 +48,28 @@ _library.define(
 _said: set[str] = set()
 
 
-def _run(name: str, device: torch.device, *operands: Any) -> None:
-    """Run the implementation of an operator on tensors of `device`, whichever device is current."""
+def _run(name: str, device: torch.device, *operands: Any, backend: str | None = None) -> None:
+    """Run the implementation of an operator on tensors of `device`, whichever device is current.
+
+    `backend` is the one that float64 needs, whatever is chosen; None for float32.
+    """
     chosen = os.environ.get("FASTDIFF_BACKEND")
     if chosen and chosen not in _BACKENDS:
         raise ValueError(f"FASTDIFF_BACKEND must be one of {_BACKENDS} or unset, got {chosen!r}")
     if not chosen:
         chosen = "triton" if device.type == "cuda" and _has_triton() else "torch"
-    kernel = _kernel(name, chosen)
+    kernel = _kernel(name, backend or chosen)
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         if device.type != "cuda":
             kernel(*operands)
             return
         with torch.cuda.device(device):
             kernel(*operands)
+
+
+def _wide(x0: torch.Tensor, backend: str) -> str | None:
+    """The backend of an operator's float64, where x0 is that."""
+    return backend if x0.dtype == torch.float64 else None
 
 
 def _kernel(name: str, backend: str) -> Any:
@@ -123,7 +131,7 @@ def _q_sample(
     small = (_dense(a) for a in (alpha_sigma, t, seed, sample_id, draw))
     written = (_flat(x_t), _flat(target) if kind else None)
     operands = Forward._make((*written, _flat(_dense(x0)), *small, kind, _flat(_dense(noise))))
-    _run("q_sample", x0.device, operands)
+    _run("q_sample", x0.device, operands, backend=_wide(x0, "reference"))
     return x_t, target
 
 
@@ -132,7 +140,7 @@ def _q_sample_fake(
     draw: torch.Tensor, kind: int, noise: torch.Tensor | None, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     x_t = torch.empty(x0.shape, dtype=dtype, device=x0.device)
-    return x_t, torch.empty(x0.shape if kind else (0,), dtype=torch.float32, device=x0.device)
+    return x_t, torch.empty(x0.shape if kind else (0,), dtype=x0.dtype, device=x0.device)
 
 
 def _q_sample_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -147,7 +155,7 @@ def _q_sample_backward(
     alpha_sigma, t = ctx.saved_tensors
     shape = (-1, *[1] * (grad_x_t.dim() - 1))
     alpha, sigma = alpha_sigma[t.clamp(0, alpha_sigma.shape[0] - 1)].unbind(1)
-    grad = alpha.view(shape) * grad_x_t.float()
+    grad = alpha.view(shape) * grad_x_t.to(alpha.dtype)
     target = ctx.kind and TARGETS[ctx.kind - 1]
     if target == "v":
         grad = grad - sigma.view(shape) * grad_target
@@ -167,7 +175,7 @@ def _denoising_loss(
     loss, grad = _denoising_loss_fake(out, x0, *small, kind, weight, noise, with_grad)
     elements = (_flat(grad) if with_grad else None, _flat(_dense(out)), _flat(_dense(x0)))
     operands = Loss._make((loss, *elements, *map(_dense, small), kind, _dense(weight), _flat(_dense(noise))))
-    _run("denoising_loss", out.device, operands)
+    _run("denoising_loss", x0.device, operands, backend=_wide(x0, "reference"))
     return loss, grad
 
 
@@ -176,13 +184,14 @@ def _denoising_loss_fake(
     sample_id: torch.Tensor, draw: torch.Tensor, kind: int, weight: torch.Tensor | None,
     noise: torch.Tensor | None, with_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    loss = torch.empty(out.shape[0], dtype=torch.float32, device=out.device)
-    return loss, torch.empty(out.shape if with_grad else (0,), dtype=out.dtype, device=out.device)
+    loss = torch.empty(x0.shape[0], dtype=x0.dtype, device=x0.device)
+    return loss, torch.empty(x0.shape if with_grad else (0,), dtype=out.dtype, device=x0.device)
 
 
 def _denoising_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     if not inputs[-1]:
         raise RuntimeError("denoising_loss was run with with_grad=False, so it has no gradient")
+    ctx.is_learned = inputs[0].shape != inputs[1].shape
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or the engine fills a tensor of out's size with zeros
     ctx.save_for_backward(output[1])
@@ -195,7 +204,20 @@ def _denoising_loss_backward(
     if grad_loss is None:
         return (None,) * 11
     (grad,) = ctx.saved_tensors
-    return _times_each(grad, grad_loss), *[None] * 10
+    return _halves((grad, None) if ctx.is_learned else (grad,), grad_loss), *[None] * 10
+
+
+def _halves(halves: tuple[torch.Tensor | None, ...], each: torch.Tensor) -> torch.Tensor:
+    """The gradient of a network's output from those of its prediction and its variance; None for 0."""
+    (like, *_) = (g for g in halves if g is not None)
+    if len(halves) == 1:
+        return _times_each(like, each)
+    shape = (like.shape[0], 2 * like.shape[1], *like.shape[2:])
+    grad = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    for part, half in zip(grad.chunk(2, 1), halves, strict=True):
+        if half is not None:
+            torch.mul(half, each.view(-1, *[1] * (half.dim() - 1)), out=part)
+    return grad
 
 
 def _times_each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
@@ -220,7 +242,8 @@ def _vlb_terms(
     vlb, *grads = _vlb_terms_fake(x0, x_t, out, coef, t, grad_mean, grad_v)
     wanted = (_flat(g) if w else None for g, w in zip(grads, (grad_mean, grad_v), strict=True))
     read = (_flat(_dense(a)) for a in (x0, x_t, out))
-    _run("vlb_terms", x0.device, Terms._make((vlb, *wanted, *read, _dense(coef), _dense(t))))
+    operands = Terms._make((vlb, *wanted, *read, _dense(coef), _dense(t)))
+    _run("vlb_terms", x0.device, operands, backend=_wide(x0, "torch"))
     return vlb, grads[0], grads[1]
 
 
@@ -228,7 +251,7 @@ def _vlb_terms_fake(
     x0: torch.Tensor, x_t: torch.Tensor, out: torch.Tensor, coef: torch.Tensor, t: torch.Tensor,
     grad_mean: bool, grad_v: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    vlb = torch.empty(x0.shape[0], dtype=torch.float32, device=x0.device)
+    vlb = torch.empty(x0.shape[0], dtype=x0.dtype, device=x0.device)
     shapes = (x0.shape if wanted else (0,) for wanted in (grad_mean, grad_v))
     mean, v = (torch.empty(shape, dtype=out.dtype, device=x0.device) for shape in shapes)
     return vlb, mean, v
@@ -251,11 +274,8 @@ def _vlb_terms_backward(
     if grad_vlb is None:
         return (None,) * 7
     mean, v = ctx.saved_tensors
-    either = mean if ctx.grad_mean else v
-    kept = [(mean, ctx.grad_mean)] + [(v, ctx.grad_v)] * ctx.is_learned
-    halves = [_times_each(g, grad_vlb) if wanted else torch.zeros_like(either) for g, wanted in kept]
-    grad = halves[0] if len(halves) == 1 else torch.cat(halves, 1)
-    return None, None, grad, *[None] * 4
+    halves = (mean if ctx.grad_mean else None, v if ctx.grad_v else None)
+    return None, None, _halves(halves if ctx.is_learned else halves[:1], grad_vlb), *[None] * 4
 
 
 def _reverse_step(

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from fastdiff import _dispatch
-from fastdiff._arguments import integers, noise_key, require
+from fastdiff._arguments import integers, noise_key
+from fastdiff._losses import denoising_loss, q_sample, vlb_terms
 from fastdiff._norm import group_norm_silu
 from fastdiff._step import advance, reverse_step
 
@@ -31,9 +31,6 @@ __all__ = [
     "reverse_step",
     "vlb_terms",
 ]
-
-_TARGETS = (None, *_dispatch.TARGETS)
-_NETWORK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def normal(
@@ -69,165 +66,3 @@ def normal(
     key, ids = noise_key(seed, sample_ids, None, device)
     draws = integers("draw", draw, ids.shape[0], ids.device)
     return torch.ops.fastdiff.normal(key, ids, draws, domain, math.prod(shape)).view(ids.shape[0], *shape)
-
-
-def q_sample(
-    x0: torch.Tensor,
-    alpha_sigma: torch.Tensor,
-    t: torch.Tensor,
-    seed: int | torch.Tensor,
-    sample_ids: Sequence[int] | torch.Tensor | None,
-    draw: int | torch.Tensor,
-    *,
-    noise: torch.Tensor | None = None,
-    target: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A sample of q(x_t | x_0) with its noise drawn in the kernel, and what the network should predict.
-
-        x_t = alpha_t x_0 + sigma_t z;   target: eps = z,  v = alpha_t z - sigma_t x_0,  x0 = x_0
-
-    Args:
-        x0: [B, ...] float32.
-        alpha_sigma: [T, 2] float32 on x0's device: sqrt(alpha_bar), sqrt(1 - alpha_bar).
-        t: [B] int64 rows of `alpha_sigma`; clamped into it on the device.
-        seed: 64 bits, for all samples or [B].
-        sample_ids: [B] in [0, 2^32); None for 0..B-1.
-        draw: the optimisation step, an int or a tensor.
-        noise: [B, ...] float32 used in place of the drawn z.
-        target: None, "eps", "v" or "x0".
-        dtype: dtype of x_t, by default x0's.
-
-    Returns:
-        x_t in `dtype`, and the target in float32 or None.
-
-    Raises:
-        ValueError: shape, dtype or device mismatch, before any launch.
-
-    Source: Ho et al. 2020, eq. 4; Salimans and Ho 2022.
-    """
-    if target not in _TARGETS:
-        raise ValueError(f"`target` must be one of {_TARGETS}, got {target!r}")
-    require("x0", x0, dtype=torch.float32)
-    batch = x0.shape[0]
-    require("alpha_sigma", alpha_sigma, dtype=torch.float32, device=x0.device, shape=(None, 2))
-    require("t", t, dtype=torch.int64, device=x0.device, shape=(batch,))
-    if noise is not None:
-        require("noise", noise, dtype=torch.float32, device=x0.device, shape=tuple(x0.shape))
-    key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, x0.device)
-    draws = integers("draw", draw, batch, x0.device)
-    x_t, goal = torch.ops.fastdiff.q_sample(
-        x0, alpha_sigma, t, key, ids, draws, _TARGETS.index(target), noise, dtype or x0.dtype
-    )
-    return x_t, None if target is None else goal
-
-
-def denoising_loss(
-    out: torch.Tensor,
-    x0: torch.Tensor,
-    alpha_sigma: torch.Tensor,
-    t: torch.Tensor,
-    seed: int | torch.Tensor,
-    sample_ids: Sequence[int] | torch.Tensor | None,
-    draw: int | torch.Tensor,
-    *,
-    target: str = "eps",
-    weight: torch.Tensor | None = None,
-    noise: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Each sample's weighted mean squared error against what `q_sample` with the same key says to predict.
-
-        loss_b = weight_b mean_i (out_i - target_i)^2;   eps = z,  v = alpha_t z - sigma_t x_0,  x0 = x_0
-
-    The noise is drawn again and never stored; the gradient of `out` comes from the same pass.
-
-    Args:
-        out: [B, ...] the network's prediction, float32, bfloat16 or float16. Its gradient is defined.
-        x0: [B, ...] float32, of out's shape. Read where the target is v or x0; has no gradient.
-        alpha_sigma: [T, 2] float32 on out's device: sqrt(alpha_bar), sqrt(1 - alpha_bar).
-        t: [B] int64 rows of `alpha_sigma`; clamped into it on the device.
-        seed, sample_ids, draw: the noise's key, as `q_sample` had it.
-        target: "eps", "v" or "x0".
-        weight: [B] float32; None for 1. Has no gradient.
-        noise: [B, ...] float32 used in place of the drawn z.
-
-    Returns:
-        [B] float32.
-
-    Raises:
-        ValueError: shape, dtype or device mismatch, before any launch.
-
-    Traffic: reads `out`, writes its gradient, nothing else where the target is eps.
-    Source: Ho et al. 2020, eq. 14; Salimans and Ho 2022.
-    """
-    if target not in _dispatch.TARGETS:
-        raise ValueError(f"`target` must be one of {_dispatch.TARGETS}, got {target!r}")
-    require("out", out)
-    if out.dtype not in _NETWORK_DTYPES:
-        raise ValueError(f"`out` must be of {_NETWORK_DTYPES}, got {out.dtype}")
-    batch, device = out.shape[0], out.device
-    require("x0", x0, dtype=torch.float32, device=device, shape=tuple(out.shape))
-    require("alpha_sigma", alpha_sigma, dtype=torch.float32, device=device, shape=(None, 2))
-    require("t", t, dtype=torch.int64, device=device, shape=(batch,))
-    if weight is not None:
-        require("weight", weight, dtype=torch.float32, device=device, shape=(batch,))
-    if noise is not None:
-        require("noise", noise, dtype=torch.float32, device=device, shape=tuple(out.shape))
-    key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, device)
-    draws = integers("draw", draw, batch, device)
-    wants_grad = out.requires_grad and torch.is_grad_enabled()
-    kind = 1 + _dispatch.TARGETS.index(target)
-    given = (None if a is None else a.detach() for a in (weight, noise))
-    operands = (out, x0.detach(), alpha_sigma.detach(), t, key, ids, draws, kind, *given, wants_grad)
-    loss: torch.Tensor = torch.ops.fastdiff.denoising_loss(*operands)[0]
-    return loss
-
-
-def vlb_terms(
-    x0: torch.Tensor,
-    x_t: torch.Tensor,
-    out: torch.Tensor,
-    coef: torch.Tensor,
-    t: torch.Tensor,
-    *,
-    detach_mean: bool = False,
-) -> torch.Tensor:
-    """Each sample's term of the variational bound at its time, in bits per dimension.
-
-        t > 0: KL(q(x_{t-1} | x_t, x_0), p(x_{t-1} | x_t));   t = 0: -log2 p(x_0 | x_1), in bins of 2/255
-
-    Args:
-        x0: [B, C, ...] float32, images in [-1, 1]. Has no gradient.
-        x_t: [B, C, ...] float32, the noisy sample that the network saw. Has no gradient.
-        out: [B, C, ...] the network's output, float32, bfloat16 or float16, or [B, 2C, ...] with a learned
-            variance behind the prediction. Its gradient is defined and comes from the same pass.
-        coef: [T, 8] float32 on x0's device (`fastdiff.train.bound.vlb_coefficients`).
-        t: [B] int64 rows of `coef`; clamped into it on the device.
-        detach_mean: give the prediction no gradient, the variance alone, as the hybrid loss does.
-
-    Returns:
-        [B] float32.
-
-    Raises:
-        ValueError: shape, dtype or device mismatch, before any launch.
-
-    Traffic: reads x0, x_t and `out`, writes the gradients that are wanted.
-    Source: Ho et al. 2020, eq. 5, 7 and 13; Nichol and Dhariwal 2021, eq. 4, 15 and 16.
-    """
-    require("x0", x0, dtype=torch.float32)
-    batch, device, shape = x0.shape[0], x0.device, tuple(x0.shape)
-    require("x_t", x_t, dtype=torch.float32, device=device, shape=shape)
-    require("out", out, device=device)
-    doubled = (batch, *(2 * c for c in shape[1:2]), *shape[2:])
-    if tuple(out.shape) not in (shape, doubled) or out.dtype not in _NETWORK_DTYPES:
-        raise ValueError(
-            f"`out` must be {list(shape)}, or {list(doubled)} with a learned variance, of {_NETWORK_DTYPES}, "
-            f"got {out.dtype} {list(out.shape)}"
-        )
-    require("coef", coef, dtype=torch.float32, device=device, shape=(None, 8))
-    require("t", t, dtype=torch.int64, device=device, shape=(batch,))
-    wants_grad = out.requires_grad and torch.is_grad_enabled()
-    wants = (wants_grad and not detach_mean, wants_grad and tuple(out.shape) != shape)
-    operands = (x0.detach(), x_t.detach(), out if any(wants) else out.detach(), coef.detach(), t, *wants)
-    vlb: torch.Tensor = torch.ops.fastdiff.vlb_terms(*operands)[0]
-    return vlb

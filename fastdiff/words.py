@@ -11,18 +11,27 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.spacing import space_timesteps
 
 SCHEDULES = ("linear", "cosine", "scaled_linear", "sigmoid")
+_BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 FORMULAS = ("karras", "exponential", "polyexponential", "vp", "flow")
 
 
 def schedule(name: str, timesteps: int, zero_snr: bool = False) -> NoiseSchedule:
-    """The schedule of a name with the constructor's own defaults, rescaled to end without signal if wanted.
+    """The schedule of a name with its usual numbers, rescaled to end without signal if wanted.
+
+    The betas of "linear" and "scaled_linear" were chosen for 1000 steps; they are multiplied by
+    1000 / timesteps (up to 0.999), so that a chain of any length ends in as much noise.
 
     Raises:
         ValueError: an unknown name.
+    Source: Nichol & Dhariwal 2021's code (the factor).
     """
     if name not in SCHEDULES:
         raise ValueError(f"`--schedule` must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    made: NoiseSchedule = getattr(NoiseSchedule, name)(timesteps)
+    betas = {}
+    if name in _BETAS and timesteps != 1000:
+        start, end = (min(beta * 1000 / timesteps, 0.999) for beta in _BETAS[name])
+        betas = {"beta_start": start, "beta_end": end}
+    made: NoiseSchedule = getattr(NoiseSchedule, name)(timesteps, **betas)
     return made.rescale_zero_terminal_snr() if zero_snr else made
 
 

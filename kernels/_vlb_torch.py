@@ -22,14 +22,14 @@ BITS = 1 / math.log(2)
 
 def few_samples(f: Terms) -> None:
     """`vlb_terms_torch` of samples whose temporaries fit the memory."""
-    n = f.x0.shape[1]
-    row, first = rows(f)
-    prediction = f.out[:, :n].float()
+    n, dtype = f.x0.shape[1], f.x0.dtype
+    row, first = rows(f, dtype)
+    prediction = f.out[:, :n].to(dtype)
     raw = row[X0_FROM_OUT] * prediction + row[X0_FROM_X] * f.x_t.where(row[X0_FROM_X] != 0, 0)
     error = f.x0 - raw.clamp(row[CLIP_LO], row[CLIP_HI])
     gap = row[GAP_AT_MIN]
     if f.out.shape[1] != n:
-        share = (f.out[:, n:].float() + 1.0) * 0.5
+        share = (f.out[:, n:].to(dtype) + 1.0) * 0.5
         gap = share * row[GAP_AT_MAX] + (1.0 - share) * gap
     gap = gap.clamp(max=EXP_HI).expand_as(error)
     power, less = gap.exp(), gap.expm1()
@@ -76,7 +76,7 @@ def _discretised(
     )
 
 
-def rows(f: Terms, dtype: torch.dtype = torch.float32) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def rows(f: Terms, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Each sample's columns of `coef`, [B, 1], and whether it stands at t = 0."""
     level = f.t.clamp(0, f.coef.shape[0] - 1)[:, None]
     return f.coef.to(dtype)[level].unbind(2), level == 0

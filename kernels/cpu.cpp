@@ -142,10 +142,10 @@ void fd_q_sample(float* x_t, float* target, const float* x0, const float* noise,
 // blocks of a sample of n elements: the sums that fd_denoising_loss leaves for each
 int fd_blocks(int64_t n) { return (int)((n + BLOCK - 1) / BLOCK); }
 
-// sums: [batch, fd_blocks(n)]; grad, noise, weight or null
+// sums: [batch, fd_blocks(n)]; out: [batch, lane] with lane = n or 2n; grad, noise, weight or null
 void fd_denoising_loss(double* sums, float* grad, const float* out, const float* x0, const float* noise, const float* alpha_sigma,
                        const int64_t* t, const float* weight, const int64_t* seed, const int64_t* sample_id, const int64_t* draw,
-                       int64_t batch, int64_t n, int64_t levels, int kind, int threads) {
+                       int64_t batch, int64_t n, int64_t lane, int64_t levels, int kind, int threads) {
   const int64_t chunks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
   for (int64_t task = 0; task < batch * chunks; task++) {
@@ -156,7 +156,7 @@ void fd_denoising_loss(double* sums, float* grad, const float* out, const float*
     const float* z = noise ? noise + base : drawn;
     if (!noise && kind != 3) normals(drawn, start, count, seed[b], sample_id[b], draw[b], DOMAIN_TRAIN);
     fill_target(error, kind, alpha_sigma[2 * level], alpha_sigma[2 * level + 1], x0 + base, z, count);
-    for (int i = 0; i < count; i++) error[i] = out[base + i] - error[i];
+    for (int i = 0; i < count; i++) error[i] = out[b * lane + start + i] - error[i];
     // sixteen sums side by side, so that the compiler need not reorder one
     float part[16] = {0};
     for (int i = 0; i < count / 16 * 16; i += 16)

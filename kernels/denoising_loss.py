@@ -31,7 +31,8 @@ class Loss(NamedTuple):
     Attributes:
         loss: [B] float32. Overwritten.
         grad: [B, N] of out's dtype, dense, or None where nobody wants it. Overwritten.
-        out: [B, N] float32, bfloat16 or float16, dense: the network's prediction.
+        out: [B, N] or [B, 2N] float32, bfloat16 or float16, dense: the network's prediction, which may be
+            followed by a variance, which is not read.
         x0: [B, N] float32, dense. Not read where the target is eps.
         alpha_sigma: [levels, 2] float32, alpha and sigma of each level.
         t: [B] int64, a row of `alpha_sigma`; clamped into it.
@@ -59,8 +60,8 @@ class Loss(NamedTuple):
 def _denoising_loss_kernel(
     sum_ptr, grad_ptr, out_ptr, x0_ptr, alpha_sigma_ptr, t_ptr, weight_ptr, seed_ptr, sample_id_ptr, draw_ptr,
     noise_ptr, levels, n,
-    KIND: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr, GIVEN_NOISE: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    KIND: tl.constexpr, LEARNED: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr,
+    GIVEN_NOISE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     level = tl.load(t_ptr + b)
@@ -74,7 +75,10 @@ def _denoising_loss_kernel(
     start = first_element(BLOCK)
     inside = offset < n - start
     own = b * n + start
-    out = tl.load(out_ptr + own + offset, mask=inside, other=0.0).to(tl.float32)
+    lane = own
+    if LEARNED:
+        lane = own + b * n
+    out = tl.load(out_ptr + lane + offset, mask=inside, other=0.0).to(tl.float32)
     z = out
     if KIND != _X0:
         if GIVEN_NOISE:
@@ -102,7 +106,7 @@ def _denoising_loss_kernel(
 
 def denoising_loss_triton(f: Loss) -> None:
     """`denoising_loss_torch` on a GPU or in Triton's interpreter."""
-    batch, n = f.out.shape
+    batch, n = f.x0.shape
     if not f.out.numel():
         f.loss.zero_()
         return
@@ -110,8 +114,8 @@ def denoising_loss_triton(f: Loss) -> None:
     sums = torch.empty(batch, grid[1] * grid[2], dtype=torch.float32, device=f.out.device)
     _denoising_loss_kernel[grid](
         sums, f.grad, f.out, f.x0, f.alpha_sigma, f.t, f.weight, f.seed, f.sample_id, f.draw, f.noise,
-        f.alpha_sigma.shape[0], n, KIND=f.kind, GRAD=f.grad is not None, WEIGHTED=f.weight is not None,
-        GIVEN_NOISE=f.noise is not None, **options,
+        f.alpha_sigma.shape[0], n, KIND=f.kind, LEARNED=f.out.shape[1] != n, GRAD=f.grad is not None,
+        WEIGHTED=f.weight is not None, GIVEN_NOISE=f.noise is not None, **options,
     )  # fmt: skip
     _finish(f, sums)
 
@@ -121,13 +125,13 @@ def denoising_loss_torch(f: Loss) -> None:
 
     Traffic: reads out once, writes its gradient once; x0 is read for the targets v and x0.
     """
-    batch, n = f.out.shape
+    batch, n = f.x0.shape
     if not f.out.numel():
         f.loss.zero_()
         return
     native = cpu.library() if f.out.device.type == "cpu" else None
     if native is None:
-        error = f.out.float() - _target(f, torch.empty(batch, n, device=f.out.device), q_sample_torch)
+        error = f.out[:, :n].float() - _target(f, torch.empty(batch, n, device=f.out.device), q_sample_torch)
         _finish(f, error.square().sum(1, keepdim=True, dtype=torch.float64))
         if f.grad is not None:
             scale = 2.0 / n if f.weight is None else (2.0 / n * f.weight)[:, None]
@@ -135,10 +139,11 @@ def denoising_loss_torch(f: Loss) -> None:
         return
     grad = f.grad if f.grad is None or f.grad.dtype == torch.float32 else torch.empty_like(f.x0)
     sums = torch.empty(batch, native.fd_blocks(c_int64(n)), dtype=torch.float64)
-    tensors = (sums, grad, f.out.float(), f.x0, f.noise, f.alpha_sigma, f.t, f.weight)
+    out = f.out if f.out.dtype == torch.float32 else f.out[:, :n].float()
+    tensors = (sums, grad, out, f.x0, f.noise, f.alpha_sigma, f.t, f.weight)
     native.fd_denoising_loss(
         *map(cpu.pointer, (*tensors, f.seed, f.sample_id, f.draw)), c_int64(batch), c_int64(n),
-        c_int64(f.alpha_sigma.shape[0]), f.kind, torch.get_num_threads(),
+        c_int64(out.shape[1]), c_int64(f.alpha_sigma.shape[0]), f.kind, torch.get_num_threads(),
     )  # fmt: skip
     _finish(f, sums)
     if f.grad is not None and grad is not f.grad:
@@ -147,8 +152,8 @@ def denoising_loss_torch(f: Loss) -> None:
 
 def denoising_loss_reference(f: Loss) -> None:
     """The formula in float64; loss and grad may be float64."""
-    batch, n = f.out.shape
-    error = f.out.double() - _target(f, torch.empty(batch, n, dtype=torch.float64), q_sample_reference)
+    batch, n = f.x0.shape
+    error = f.out[:, :n].double() - _target(f, torch.empty(batch, n, dtype=torch.float64), q_sample_reference)
     weight = torch.ones(batch, 1) if f.weight is None else f.weight[:, None]
     f.loss.copy_((weight.double() * error.square()).sum(1) / max(n, 1))
     if f.grad is not None:
@@ -157,7 +162,7 @@ def denoising_loss_reference(f: Loss) -> None:
 
 def _finish(f: Loss, sums: torch.Tensor) -> None:
     """loss from the sums of a sample's blocks."""
-    mean = sums.sum(1) / f.out.shape[1]
+    mean = sums.sum(1) / f.x0.shape[1]
     f.loss.copy_(mean if f.weight is None else mean * f.weight)
 
 

@@ -82,16 +82,16 @@ class Terms(NamedTuple):
 def pack(
     x0_from_x: np.ndarray, x0_from_out: np.ndarray, posterior_mean_coef1: np.ndarray,
     posterior_log_variance: np.ndarray, log_var_min: np.ndarray, log_var_max: np.ndarray,
-    clip: tuple[float, float] | None = None,
+    clip: tuple[float, float] | None = None, dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:  # fmt: skip
-    """The rows of `coef` from float64 columns [T], each coefficient rounded to float32 once."""
+    """The rows of `coef` from float64 columns [T], each coefficient rounded to `dtype` once."""
     coef = np.zeros((len(x0_from_x), WIDTH))
     coef[:, X0_FROM_X], coef[:, X0_FROM_OUT] = x0_from_x, x0_from_out
     coef[:, CLIP_LO], coef[:, CLIP_HI] = clip or (-np.inf, np.inf)
     coef[:, MEAN_WEIGHT] = posterior_mean_coef1 * np.exp(-0.5 * posterior_log_variance)
     coef[:, GAP_AT_MIN] = posterior_log_variance - log_var_min
     coef[:, GAP_AT_MAX] = posterior_log_variance - log_var_max
-    return torch.from_numpy(coef.astype(np.float32))
+    return torch.from_numpy(coef).to(dtype)
 
 
 @jit
@@ -194,6 +194,8 @@ def vlb_terms_triton(f: Terms) -> None:
 
 def vlb_terms_torch(f: Terms) -> None:
     """Fill vlb and the wanted gradients: the CPU's implementation, and that of devices without Triton.
+
+    All numbers may be float64, and the arithmetic then is.
 
     Traffic: reads x0, x_t and out once, writes the gradients once; temporaries are a few samples large.
     """

@@ -218,8 +218,9 @@ def loss(**changes: Any) -> Callable[[], Any]:
     ("message", "call"),
     [
         (r"`target` must be one of .* got None", loss(target=None)),
-        (r"`out` must be of .*bfloat16.* got torch.float64", loss(out=torch.zeros(2, 6).double())),
-        (r"`x0` must be torch.float32 \[2, 6\]", loss(x0=torch.zeros(2, 5))),
+        (r"`out` must be .*bfloat16.* got torch.float64", loss(out=torch.zeros(2, 6).double())),
+        (r"`out` must be \[2, 5\], or \[2, 10\] .* got torch.float32 \[2, 6\]", loss(x0=torch.zeros(2, 5))),
+        (r"`x0` must be torch.float32", loss(x0=torch.zeros(2, 6).half())),
         (r"`alpha_sigma` must be torch.float32 \[any, 2\]", loss(alpha_sigma=torch.zeros(3, 1))),
         (r"`t` must be torch.int64 \[2\]", loss(t=torch.zeros(2).int())),
         (r"`weight` must be torch.float32 \[2\]", loss(weight=torch.zeros(3))),
@@ -230,3 +231,34 @@ def loss(**changes: Any) -> Callable[[], Any]:
 def test_argument_that_breaks_the_contract_is_named(message: str, call: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("backend", ["torch", *OTHERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_variance_behind_the_prediction_is_not_read(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = operands(63, 2)
+    f = f._replace(out=f.out.to(dtype), grad=f.grad.to(dtype))
+    nan = torch.full_like(f.out, float("nan"))
+    doubled = f._replace(out=torch.cat([f.out, nan], 1), loss=f.loss.clone(), grad=f.grad.clone())
+    for each in (f, doubled):
+        run(backend, each, monkeypatch)
+    assert_same_bits(doubled.loss, f.loss)
+    assert_same_bits(doubled.grad, f.grad)
+    exact = f._replace(loss=f.loss.double(), grad=None)
+    denoising_loss_reference(exact)
+    again = doubled._replace(loss=f.loss.double(), grad=None)
+    denoising_loss_reference(again)
+    assert_same_bits(exact.loss, again.loss)
+
+
+def test_the_operators_gradient_of_the_variance_is_0() -> None:
+    f, level = operands(12, batch=3), ((7, [5, 6, 9], 11))
+    out = torch.cat([f.out, f.out], 1).view(3, 6, 2, 2).requires_grad_()
+    alone = f.out.view(3, 3, 2, 2).clone().requires_grad_()
+    for each in (out, alone):
+        loss = ops.denoising_loss(each, f.x0.view(3, 3, 2, 2), f.alpha_sigma, f.t, *level, target="v")
+        (loss * torch.tensor([1.0, 2.0, 0.5])).sum().backward()
+    assert_same_bits(out.grad[:, :3].contiguous(), alone.grad)
+    assert (out.grad[:, 3:] == 0).all()

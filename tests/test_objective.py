@@ -213,9 +213,15 @@ def test_objectives_are_values():
         ({"schedule": 1000}, TypeError, "`schedule` must be a NoiseSchedule, got int"),
         ({"prediction": "noise"}, ValueError, "`prediction` must be one of eps, x0, v, got 'noise'"),
         ({"variance": "small"}, ValueError, "`variance` must be one of fixed_small, fixed_large"),
-        ({"variance": "learned_range"}, ValueError, "`variance` .* would never train a learned variance"),
-        ({"loss": "hybrid"}, ValueError, "`loss` must be one of simple, min_snr, got 'hybrid'"),
-        ({"loss": "l1"}, ValueError, "`loss` must be one of simple, min_snr, got 'l1'"),
+        ({"variance": "learned_range"}, ValueError, "`variance` .* would never train a learned one"),
+        ({"loss": "hybrid"}, ValueError, "`variance` must be learned_range .* got 'fixed_small'"),
+        ({"loss": "l1"}, ValueError, "`loss` must be one of simple, min_snr, hybrid, vlb, got 'l1'"),
+        ({"loss": "vlb", "vlb_weight": 1.0}, ValueError, "`vlb_weight` must be None for the loss 'vlb'"),
+        (
+            {"loss": "hybrid", "variance": "learned", "vlb_weight": -1},
+            ValueError,
+            "`vlb_weight` must be a finite number of at least 0",
+        ),
         ({"vlb_weight": 0.1}, ValueError, "`vlb_weight` must be None for the loss 'simple'"),
     ],
 )
@@ -227,7 +233,7 @@ def test_bad_options_are_named(options, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"x0": images().double()}, TypeError, "`x0` must be a float32 tensor .* got torch.float64"),
+        ({"x0": images().half()}, TypeError, "`x0` must be a float32 tensor .* got torch.float16"),
         ({"x0": np.zeros((4, 2, 3, 5))}, TypeError, "`x0` must be a float32 tensor .* got ndarray"),
         ({"t": TIMES[:3]}, ValueError, r"`t` must be \[4\] int64 on cpu.* got \(3,\)"),
         ({"t": TIMES.int()}, ValueError, r"`t` must be \[4\] int64 on cpu.* got .*int32"),
@@ -241,10 +247,18 @@ def test_bad_options_are_named(options, error, message):
             ValueError,
             "`model` .* channels of a learned variance",
         ),
-        ({"model": lambda x, t: x[:, :1]}, ValueError, "`model` must return .* differ in channels or size"),
+        ({"model": lambda x, t: x[:, :1]}, ValueError, "`model` must return .* differ in channels"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):
     arguments = {"model": network, "x0": images(), **options}
     with pytest.raises(error, match=message):
         Objective(COSINE)(**arguments)
+
+
+def test_a_learned_variance_needs_its_channels():
+    objective = Objective(COSINE, variance="learned_range", loss="hybrid")
+    with pytest.raises(
+        ValueError, match=r"`model` must return the shape \(4, 4, 3, 5\), got \(4, 2, 3, 5\).*twice"
+    ):
+        objective(network, images())

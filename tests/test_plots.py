@@ -13,6 +13,7 @@ from PIL import Image
 from fastdiff import words
 from fastdiff.levels import NoiseLevels
 from fastdiff.plots import _groups, show_levels, show_schedule, show_table
+from fastdiff.schedule import NoiseSchedule
 from fastdiff.solvers import SOLVERS, compile_table
 from fastdiff.spacing import space_timesteps
 
@@ -91,6 +92,11 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_words_stand_for_schedules_levels_and_options() -> None:
+    for name in ("linear", "scaled_linear"):
+        ends = [words.schedule(name, steps).alpha_bar[-1] for steps in (200, 1000, 4000)]
+        assert max(ends) < 1.6 * min(ends)  # as noisy an end, whatever the length
+        assert words.schedule(name, 1000) == getattr(NoiseSchedule, name)(1000)
+        assert len(words.schedule(name, 1)) == 1
     made = words.schedule("cosine", 100, zero_snr=True)
     assert (len(made), made.alpha_bar[-1]) == (100, 0.0)
     assert len(words.levels("schedule", SCHEDULES["linear"], "ddim25", "ddpm")) == 25

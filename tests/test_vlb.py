@@ -278,7 +278,8 @@ def call(**changes: Any) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("message", "wrong"),
     [
-        (r"`x0` must be torch.float32", call(x0=torch.zeros(8, 3, 2, 2).double())),
+        (r"`x0` must be torch.float32", call(x0=torch.zeros(8, 3, 2, 2).half())),
+        (r"`x_t` must be torch.float64", call(x0=torch.zeros(8, 3, 2, 2).double())),
         (r"`x_t` must be torch.float32 \[8, 3, 2, 2\]", call(x_t=torch.zeros(8, 3, 2, 1))),
         (r"`out` must be .*\[8, 6, 2, 2\] with a learned variance", call(out=torch.zeros(8, 4, 2, 2))),
         (r"`out` must be .* got torch.float64", call(out=torch.zeros(8, 3, 2, 2).double())),

@@ -78,7 +78,10 @@ def train(
     schedule: Annotated[str, _diffusion(help="cosine, linear, scaled_linear, sigmoid.")] = "cosine",
     timesteps: Annotated[int, _diffusion(min=1, help="T, the length of the chain.")] = 1000,
     prediction: Annotated[str, _diffusion(help="What the network predicts: eps, v, x0.")] = "v",
-    loss: Annotated[str, _diffusion(help="simple, min_snr.")] = "simple",
+    loss: Annotated[str, _diffusion(help="simple, min_snr, hybrid, vlb.")] = "simple",
+    variance: Annotated[
+        str, _diffusion(help="fixed_small, fixed_large; hybrid and vlb train learned_range or learned.")
+    ] = "fixed_small",
     channels: Annotated[int, _network(help="Channels of the finest level.")] = 32,
     mult: Annotated[str, _network(help="Their factor at each level.")] = "1,2",
     blocks: Annotated[int, _network(help="Residual blocks of a level.")] = 2,
@@ -109,7 +112,7 @@ def train(
     from fastdiff.train import Objective, TrainConfig, Trainer, load_data
     from fastdiff.train.ranks import Ranks
 
-    noise_schedule = words.schedule(schedule, timesteps)
+    objective = Objective(words.schedule(schedule, timesteps), prediction, variance, loss)
     dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
     if dtype not in dtypes:
         raise ValueError(f"`--dtype` must be one of {', '.join(dtypes)}, got {dtype!r}")
@@ -139,8 +142,8 @@ def train(
         head_channels=math.gcd(32, *(channels * factor for factor in factors)),
         dropout=dropout,
         num_classes=images.num_classes or 0,
+        learned_variance=objective.learned_variance,
     ).to(place)
-    objective = Objective(noise_schedule, prediction=prediction, loss=loss)
     if ranks.first:
         shape = "x".join(map(str, images.shape))
         typer.echo(f"{len(images)} images of {shape}, {network.num_parameters:,} parameters")

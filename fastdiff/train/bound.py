@@ -17,6 +17,7 @@ def vlb_coefficients(
     prediction: str = "eps",
     variance: str = "fixed_small",
     clip: tuple[float, float] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The table of `ops.vlb_terms`: a row for each time of a schedule, computed in float64 and rounded once.
 
@@ -28,9 +29,10 @@ def vlb_coefficients(
         prediction: what the network predicts, "eps", "x0" or "v".
         variance: "fixed_small", "fixed_large", "learned" or "learned_range".
         clip: range of the predicted x0, or None.
+        dtype: float32, or float64 for x0 in float64.
 
     Returns:
-        [T, 8] float32 on the CPU; its columns are named in `fastdiff.kernels.vlb`.
+        [T, 8] on the CPU; its columns are named in `fastdiff.kernels.vlb`.
 
     Raises:
         TypeError: `schedule` is no NoiseSchedule.
@@ -62,4 +64,4 @@ def vlb_coefficients(
         "learned_range": (small, large),
     }[variance]
     mean = schedule.posterior_mean_coef1
-    return pack(columns["x0_from_x"], columns["x0_from_out"], mean, small, low, high, clip)
+    return pack(columns["x0_from_x"], columns["x0_from_out"], mean, small, low, high, clip, dtype)
