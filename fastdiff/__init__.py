@@ -23,6 +23,7 @@ from fastdiff.capture import CaptureReport, explain_capture
 from fastdiff.clip import DynamicThreshold
 from fastdiff.editing import slerp
 from fastdiff.levels import NoiseLevels
+from fastdiff.likelihood import BitsPerDim, bits_per_dim
 from fastdiff.nn import EMA, UNet
 from fastdiff.optimization import Optimization, optimize
 from fastdiff.sampler import Moment, Sampler
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "RNG_VERSION",
+    "BitsPerDim",
     "CaptureReport",
     "DynamicThreshold",
     "Moment",
@@ -47,6 +49,7 @@ __all__ = [
     "SamplingTable",
     "UNet",
     "adapters",
+    "bits_per_dim",
     "compile_table",
     "explain_capture",
     "ops",

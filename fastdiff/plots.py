@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.table import SamplingTable
 
 _SIGNAL, _NOISE, _THIRD, _GREY = "#1b4f8f", "#c8452f", "#3f7f3f", "#8a8a8a"
+_COLOURS = (_SIGNAL, _NOISE, _THIRD, "#8f5aa8", "#c98a1b")
 _ANNOTATED = 26  # rows whose coefficients still fit into their cells as numbers
 
 
@@ -36,7 +37,6 @@ def show_schedule(schedules: Mapping[str, NoiseSchedule], path: str | os.PathLik
     target = check_target(path)
     figure = _figure(11, 7)
     axes = figure.subplots(2, 2)
-    colours = (_SIGNAL, _NOISE, _THIRD, "#8f5aa8", "#c98a1b")
     titles = (
         "alpha_bar: the share of signal power",
         "log-SNR = log(alpha² / sigma²)",
@@ -46,7 +46,7 @@ def show_schedule(schedules: Mapping[str, NoiseSchedule], path: str | os.PathLik
     for axis, title in zip(axes.flat, titles, strict=True):
         _style(axis, title, "t")
     for i, (name, schedule) in enumerate(schedules.items()):
-        t, colour = schedule.timesteps, colours[i % len(colours)]
+        t, colour = schedule.timesteps, _COLOURS[i % len(_COLOURS)]
         axes[0, 0].plot(t, schedule.alpha_bar, color=colour, label=name)
         axes[0, 1].plot(t, _finite(2.0 * schedule.lam), color=colour)
         axes[1, 0].plot(t, schedule.alpha, color=colour)
@@ -230,6 +230,37 @@ def _plain_locator() -> Any:
     from matplotlib.ticker import MultipleLocator
 
     return MultipleLocator(0.2)
+
+
+def show_bound(bounds: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
+    """Draw the terms of the variational bound and the errors of x0 and eps over t, a line for each model.
+
+    Args:
+        bounds: name -> terms by rising t, each with first_t, last_t, bits_per_dim, low, high, x0_mse and
+            eps_mse, as `fastdiff eval` writes them; the last is the prior's and has no errors.
+        path: as for `show_schedule`.
+    Returns, Raises: as `show_schedule`.
+    """
+    target = check_target(path)
+    figure = _figure(12, 4.6)
+    axes = figure.subplots(1, 3)
+    titles = ("bits/dim of each term", "mean squared error of x0", "mean squared error of eps")
+    for axis, title in zip(axes, titles, strict=True):
+        _style(axis, title, "t + 1")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+    for i, (name, rows) in enumerate(bounds.items()):
+        colour, mark, terms = _COLOURS[i % len(_COLOURS)], "." if len(rows) <= 60 else "", rows[:-1]
+        total = sum(row["count"] * row["bits_per_dim"] for row in rows)
+        label = f"{name}: {total:.3f}, of it the prior {rows[-1]['bits_per_dim']:.2g}"
+        t = [math.sqrt((row["first_t"] + 1) * (row["last_t"] + 1)) for row in terms]
+        for axis, key in zip(axes, ("bits_per_dim", "x0_mse", "eps_mse"), strict=True):
+            axis.plot(t, [row[key] for row in terms], color=colour, marker=mark, label=label)
+        ends = ([max(row[key], 0.0) for row in terms] for key in ("low", "high"))
+        axes[0].fill_between(t, *ends, color=colour, alpha=0.15, linewidth=0)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("the variational bound, term by term", x=0.02, ha="left", weight="bold")
+    return _save(figure, target)
 
 
 def _groups(table: SamplingTable) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:

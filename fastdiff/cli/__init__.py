@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from fastdiff.cli import bench, doctor, sample, show, train
+from fastdiff.cli import bench, doctor, evaluate, sample, show, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,7 +54,7 @@ _OPTIONS = {
     "guidance_scale": "guidance", "resume=True": "resume", "skip_bad=True": "skip-bad",
     "attention_levels": "attention", "channel_mult": "mult", "model_channels": "channels",
     "num_res_blocks": "blocks", "batch_size": "batch", "ema_decay": "ema", "num_timesteps": "timesteps",
-    "quantile": "threshold",
+    "quantile": "threshold", "holdout": "holdout", "times": "times",
     "value_range": "value-range", "layout": "layout", "crop": "crop", "grad_clip": "grad-clip", "amp": "amp",
     "accumulate": "accumulate", "keep_checkpoints": "keep", "lr_schedule": "lr-schedule", "warmup": "warmup",
     "label_dropout": "label-dropout", "weight_decay": "weight-decay", "cache": "cache", "compile": "compile",
@@ -72,6 +72,6 @@ def _as_options(message: str) -> str:
     return re.sub(r"`([a-z_=A-Z]+)`", option, message)
 
 
-for _module in (sample, train, show, doctor, bench):
+for _module in (sample, train, evaluate, show, doctor, bench):
     _command = getattr(_module, _module.__name__.rpartition(".")[2])
-    app.command(epilog=_module.EXAMPLES)(_plain_errors(_command))
+    app.command(getattr(_module, "NAME", None), epilog=_module.EXAMPLES)(_plain_errors(_command))

@@ -17,6 +17,7 @@ import numpy as np
 
 DOMAIN_ORDER, DOMAIN_TIME, DOMAIN_LABEL_DROPOUT, DOMAIN_MODEL, DOMAIN_SPLIT = range(5)
 DOMAIN_FLIP, DOMAIN_TOP, DOMAIN_LEFT = range(5, 8)
+DOMAIN_STRATUM = 16  # of the likelihood's estimate: which time of a stratum
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
