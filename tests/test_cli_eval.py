@@ -104,11 +104,18 @@ def test_an_estimate_is_the_library_s_and_no_class_can_be_told(tmp_path, model):
     assert abs(plain - float(measured(model, seed=4).total.mean())) > 1e-3
 
 
-def test_models_are_compared_image_by_image(model):
+def test_models_are_compared_image_by_image(tmp_path, model):
     command = ["eval", "--model", str(model), "--model", "digits", "--holdout", "0.2", "--num", "5"]
-    said = " ".join(run(*command, "--times", "5").split())
-    assert "digits less" in said
-    assert "bits/dim (95 % interval" in said.split("digits less")[1]
+    said = " ".join(run(*command, "--times", "5", "--out", str(tmp_path)).split())
+    written = json.loads((tmp_path / "eval.json").read_text())
+    (difference,) = written["differences"]
+    assert f"digits less {model}: {difference['mean']:+.4f} bits/dim (95 % interval" in said
+    means = [entry["bits_per_dim"]["mean"] for entry in written["models"]]
+    assert difference["mean"] == pytest.approx(means[1] - means[0], abs=1e-5)
+    widths = [entry["bits_per_dim"]["high"] - entry["bits_per_dim"]["low"] for entry in written["models"]]
+    assert 0 < difference["high"] - difference["low"] < sum(widths)
+    run(*command[:6], "--num", "1", "--times", "5", "--model", "digits", "--out", str(tmp_path))
+    assert json.loads((tmp_path / "eval.json").read_text())["differences"][0]["low"] is None
 
 
 def test_images_that_were_trained_on_are_pointed_out(model):

@@ -38,6 +38,8 @@ def test_a_command_runs_as_it_stands(command, tmp_path, monkeypatch):
     arguments = shlex.split(command)[1:]
     if arguments[0] == "train":
         arguments += ["--steps", "1", "--channels", "8", "--blocks", "1"]  # the command itself takes minutes
+    if arguments[0] == "eval":
+        arguments += ["--num", "5", "--times", "5"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert list(tmp_path.iterdir())

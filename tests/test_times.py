@@ -97,7 +97,7 @@ def warm(steps: int = 4, history: int = 3) -> tuple[LossAwareTimes, np.ndarray]:
     sampler = LossAwareTimes(steps, history)
     losses = np.random.default_rng(0).random((5, steps)) * [1, 4, 9, 0.1]
     for row in losses:
-        sampler.update(np.arange(steps), row)
+        sampler.learn(np.arange(steps), row)
     return sampler, losses[-history:]
 
 
@@ -115,13 +115,13 @@ def test_loss_aware_times_are_uniform_until_every_time_has_its_history():
     sampler = LossAwareTimes(3)
     assert sampler.probabilities().tolist() == [1 / 3] * 3
     for _ in range(10):
-        sampler.update(np.array([0, 1]), np.array([9.0, 1.0]))
+        sampler.learn(np.array([0, 1]), np.array([9.0, 1.0]))
     for _ in range(9):
-        sampler.update(np.array([2]), np.array([1.0]))
+        sampler.learn(np.array([2]), np.array([1.0]))
     assert not sampler.is_warm
     assert (sampler.draw(5, 2, IDS)[0] == draws.times(5, 2, IDS, 3)).all()
     assert sampler.draw(5, 2, IDS)[1] is None
-    sampler.update(np.array([2]), np.array([1.0]))
+    sampler.learn(np.array([2]), np.array([1.0]))
     assert sampler.is_warm
     assert sampler.probabilities().argmax() == 0
 
@@ -129,9 +129,9 @@ def test_loss_aware_times_are_uniform_until_every_time_has_its_history():
 def test_one_batch_may_hold_a_time_several_times():
     together, apart = LossAwareTimes(2, history=2), LossAwareTimes(2, history=2)
     t, losses = np.array([0, 0, 1, 0, 1]), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    together.update(t, losses)
+    together.learn(t, losses)
     for time, loss in zip(t, losses, strict=True):
-        apart.update(np.array([time]), np.array([loss]))
+        apart.learn(np.array([time]), np.array([loss]))
     size = np.sqrt([(4 + 16) / 2, (9 + 25) / 2])
     for sampler in (together, apart):
         np.testing.assert_allclose(sampler.probabilities(), 0.999 * size / size.sum() + 0.0005, rtol=1e-14)
@@ -139,23 +139,23 @@ def test_one_batch_may_hold_a_time_several_times():
 
 def test_losses_of_0_leave_times_uniform():
     sampler = LossAwareTimes(3, history=1)
-    sampler.update(np.arange(3), np.zeros(3))
+    sampler.learn(np.arange(3), np.zeros(3))
     assert sampler.probabilities().tolist() == [1 / 3] * 3
 
 
 def test_a_sampler_put_back_draws_the_same_times():
     sampler, _ = warm()
     other = LossAwareTimes(4, 3)
-    other.load_state({key: torch.from_numpy(value).numpy() for key, value in sampler.state().items()})
+    other.load_state_dict(sampler.state_dict())
     for each in (sampler, other):
-        each.update(np.array([1, 1, 2]), np.array([0.3, 8.0, 0.5]))
+        each.learn(np.array([1, 1, 2]), np.array([0.3, 8.0, 0.5]))
     assert (sampler.draw(1, 2, IDS)[0] == other.draw(1, 2, IDS)[0]).all()
     assert sampler.probabilities().tobytes() == other.probabilities().tobytes()
-    before = sampler.state()
-    sampler.update(np.array([0]), np.array([7.0]))
-    assert (before["told"] != sampler.state()["told"]).any()  # a copy
+    before = sampler.state_dict()
+    sampler.learn(np.array([0]), np.array([7.0]))
+    assert (before["told"] != sampler.state_dict()["told"]).any()  # a copy
     with pytest.raises(ValueError, match=r"`state` must hold losses \[5, 3\], got \[4, 3\]"):
-        LossAwareTimes(5, 3).load_state(before)
+        LossAwareTimes(5, 3).load_state_dict(before)
 
 
 def test_importance_sampling_lowers_the_variance_of_the_bound():
@@ -170,12 +170,22 @@ def test_importance_sampling_lowers_the_variance_of_the_bound():
     uniform = totals(draws.times(0, 999, np.arange(512), 100), 0)
     for step in range(10):
         every = np.arange(512) % 100
-        sampler.update(every, totals(every, step))
+        sampler.learn(every, totals(every, step))
     t, weight = sampler.draw(0, 999, np.arange(512))
     estimate = totals(t, 50) * weight
     assert estimate.std() < 0.5 * uniform.std()
     whole = np.mean([totals(np.full(512, s), 60).mean() for s in range(100)])
     assert abs(estimate.mean() - whole) <= 5 * estimate.std() / math.sqrt(512)
+
+
+def test_what_learns_says_so_and_what_does_not_keeps_nothing():
+    fixed = FixedTimes([1, 2])
+    fixed.learn(np.array([0]), np.array([1.0]))
+    fixed.load_state_dict(fixed.state_dict())
+    assert (fixed.learns, fixed.state_dict()) == (False, {})
+    assert fixed.to_config() == {"name": "fixed", "probabilities": [1 / 3, 2 / 3], "reweight": False}
+    assert LossAwareTimes(5).learns
+    assert LossAwareTimes(5).to_config() == {"name": "loss_aware", "history": 10, "uniform": 0.001}
 
 
 def test_names_stand_for_samplers():
@@ -203,7 +213,7 @@ def test_names_stand_for_samplers():
         (lambda: LossAwareTimes(5, 0), "`history` must be at least 1"),
         (lambda: LossAwareTimes(5, uniform=0), r"`uniform` must be in \(0, 1\]"),
         (lambda: log_normal_times(NoiseSchedule.cosine(9), std=0), "`std` above 0"),
-        (lambda: LossAwareTimes(5).update(np.zeros(2, int), np.zeros(3)), r"`t` and `losses` must be \[B\]"),
+        (lambda: LossAwareTimes(5).learn(np.zeros(2, int), np.zeros(3)), r"`t` and `losses` must be \[B\]"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

@@ -73,8 +73,10 @@ def evaluate(
             network, settings, images, num, times, seed, batch, options.device(device), unconditional
         )
         typer.echo(_table(name, results[name], images.shape))
-    if len(results) > 1:
-        typer.echo(_comparison(results))
+    differences = _differences(results)
+    for d in differences:
+        interval = "" if d["low"] is None else f" (95 % interval {d['low']:+.4f} to {d['high']:+.4f})"
+        typer.echo(f"{d['model']} less {d['less']}: {d['mean']:+.4f} bits/dim{interval}")
     if out is None:
         return
     with (out / "terms.csv").open("w", newline="") as file:
@@ -82,7 +84,8 @@ def evaluate(
         writer.writeheader()
         writer.writerows(row for name, result in results.items() for row in _rows(name, result))
     about = {"data": data, "holdout": holdout, "seed": seed, "times": times, "unconditional": unconditional}
-    write_json(out / "eval.json", {**about, "models": [_summary(*item) for item in results.items()]})
+    models = [_summary(*item) for item in results.items()]
+    write_json(out / "eval.json", {**about, "models": models, "differences": differences})
     written = ["terms.csv", "eval.json", *_draw(results, out / "terms.png")]
     typer.echo(f"wrote {', '.join(str(out / file) for file in written)}")
 
@@ -207,33 +210,29 @@ def _table(name: str, result: Any, shape: tuple[int, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _comparison(results: dict[str, Any]) -> str:
-    """Each model against the first, image by image: the same noise makes the difference surer than either."""
+def _differences(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each model less the first, image by image: the same noise makes the difference surer than either."""
+    (first, base), *others = results.items()
+    return [{"model": name, "less": first, **_numbers(result.total - base.total)} for name, result in others]
+
+
+def _numbers(values: Any) -> dict[str, float | None]:
+    """The mean over images and the ends of its 95 % interval."""
     from fastdiff.likelihood import mean_interval
 
-    (first, base), *others = results.items()
-    lines = []
-    for name, result in others:
-        mean, low, high = mean_interval(result.total - base.total)
-        lines.append(f"{name} less {first}: {mean:+.4f} bits/dim (95 % interval {low:+.4f} to {high:+.4f})")
-    return "\n".join(lines)
+    found = zip(("mean", "low", "high"), mean_interval(values), strict=True)
+    return {key: value if value == value else None for key, value in found}  # JSON knows no nan
 
 
 def _summary(name: str, result: Any) -> dict[str, Any]:
-    from fastdiff.likelihood import mean_interval
-
-    def numbers(values: Any) -> dict[str, float | None]:
-        found = zip(("mean", "low", "high"), mean_interval(values), strict=True)
-        return {key: value if value == value else None for key, value in found}  # JSON knows no nan
-
     return {
         "model": name,
         "images": len(result.total),
         "T": int(result.counts.sum()),
         "terms": len(result.counts),
-        "bits_per_dim": numbers(result.total),
-        "L_T": numbers(result.prior),
-        "L_0": numbers(result.vlb[:, 0]),
+        "bits_per_dim": _numbers(result.total),
+        "L_T": _numbers(result.prior),
+        "L_0": _numbers(result.vlb[:, 0]),
     }
 
 

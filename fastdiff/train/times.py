@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fastdiff.schedule import NoiseSchedule, check_count
 from fastdiff.train import draws
@@ -30,6 +32,8 @@ class FixedTimes:
     Raises:
         ValueError: a probability is negative or not finite, all are 0, or one is 0 with `reweight`.
     """
+
+    learns = False
 
     def __init__(self, probabilities: Sequence[float] | np.ndarray, reweight: bool = False) -> None:
         p = np.array(probabilities, dtype=np.float64)
@@ -52,14 +56,14 @@ class FixedTimes:
         """Times int64 [B] of the samples `ids`, weights of their losses float64 [B] or None for 1."""
         return _draw(self._p, seed, step, ids, self.reweight)
 
-    def update(self, t: np.ndarray, losses: np.ndarray) -> None:
+    def learn(self, t: np.ndarray, losses: np.ndarray) -> None:
         """Nothing: these probabilities stay."""
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Nothing to keep."""
         return {}
 
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to put back."""
 
     def to_config(self) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class LossAwareTimes:
     Source: Nichol & Dhariwal 2021 (2102.09672), sec. 3.3 (10 losses; the share is their code's).
     """
 
-    reweight = True
+    learns = True
 
     def __init__(self, num_timesteps: int, history: int = 10, uniform: float = 0.001) -> None:
         shape = check_count("num_timesteps", num_timesteps), check_count("history", history)
@@ -118,7 +122,7 @@ class LossAwareTimes:
         """Times int64 [B] of the samples `ids`, weights of their losses float64 [B] or None for 1."""
         return _draw(self.probabilities(), seed, step, ids, self.is_warm)
 
-    def update(self, t: np.ndarray, losses: np.ndarray) -> None:
+    def learn(self, t: np.ndarray, losses: np.ndarray) -> None:
         """Tell the losses [B] at the times [B], before their weights, in the order of the batch.
 
         Several processes must each tell all of a step's losses in one order, to go on drawing alike.
@@ -130,17 +134,17 @@ class LossAwareTimes:
             self._losses[time, self._told[time] % self._losses.shape[1]] = value
             self._told[time] += 1
 
-    def state(self) -> dict[str, np.ndarray]:
-        """What a checkpoint keeps: losses float64 [T, history], told int64 [T]."""
-        return {"losses": self._losses.copy(), "told": self._told.copy()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: losses float64 [T, history], told int64 [T]; copies."""
+        return {"losses": torch.tensor(self._losses), "told": torch.tensor(self._told)}
 
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put a state back, bit for bit.
 
         Raises:
             ValueError: it belongs to another number of times or another history.
         """
-        losses, told = np.array(state["losses"], np.float64), np.array(state["told"], np.int64)
+        losses, told = (np.array(state[name].cpu()) for name in ("losses", "told"))
         if losses.shape != self._losses.shape or told.shape != self._told.shape:
             raise ValueError(
                 f"`state` must hold losses {list(self._losses.shape)}, got {list(losses.shape)}: it is of"

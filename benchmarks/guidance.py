@@ -1,0 +1,78 @@
+"""What guidance trades: fidelity against diversity of the embedded model's samples, scale by scale.
+
+    python -m benchmarks.guidance        the card's table and its picture brought up to date
+
+Read, spread and near are those of benchmarks/digits.py: a scale of 0 samples without a class, 1 with the
+class alone, and above 1 away from what has no class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastdiff as fd
+from benchmarks.digits import MODEL, Quality, quality
+from fastdiff.files import atomic_path
+
+SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+PER_CLASS = 50
+
+
+def sweep(scales: Sequence[float] = SCALES, per_class: int = PER_CLASS) -> list[Quality]:
+    """The embedded model judged at each scale, DDIM in 50 steps, the same noise for all."""
+    sampler = fd.Sampler.from_pretrained("digits", solver="ddim", steps=50)
+    return [quality(sampler, per_class, guidance=scale) for scale in scales]
+
+
+def table(found: Sequence[Quality]) -> str:
+    """Markdown: a line for each scale."""
+    lines = [
+        f"| {q.guidance:g} | {100 * q.read:.1f} % | {q.spread:.2f} | {100 * q.near:.1f} % |" for q in found
+    ]
+    return "\n".join(["| guidance | read | spread | near |", "|---|---|---|---|", *lines])
+
+
+def draw(found: Sequence[Quality], path: Path) -> None:
+    """Fidelity over diversity, a point for each scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    spread, read = [q.spread for q in found], [100 * q.read for q in found]
+    axis.plot(spread, read, color="#1b4f8f", marker="o")
+    for q in found:
+        axis.annotate(f"{q.guidance:g}", (q.spread, 100 * q.read), (6, -12), textcoords="offset points")
+    axis.axvline(1.0, color="#8a8a8a", linewidth=0.8)
+    axis.set_xlabel("spread within a class over the real digits' (diversity; 1: as varied)")
+    axis.set_ylabel("% of samples read as their class (fidelity)")
+    samples, steps = found[0].samples, found[0].steps
+    axis.set_title(
+        f"guidance scale by scale: {samples} samples each, DDIM, {steps} steps", loc="left", fontsize=10
+    )
+    axis.grid(color="#e4e4e4", linewidth=0.6)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+
+
+def main() -> None:
+    """Bring the card's table and its picture up to date."""
+    found = sweep()
+    card = MODEL / "README.md"
+    text = re.sub(
+        r"(<!-- guidance: begin -->\n).*?(<!-- guidance: end -->)",
+        lambda match: f"{match[1]}{table(found)}\n{match[2]}",
+        card.read_text(),
+        flags=re.DOTALL,
+    )
+    with atomic_path(card) as temporary:
+        temporary.write_text(text)
+    draw(found, MODEL / "guidance.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Quality gates on real digits, minutes each: `pytest -m slow`. The README's figures are these tests' own.
+
+The trainings are the README's three commands and one more, on one core some 4 minutes each.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_cli import run
+from test_trainer import one_thread  # noqa: F401  a fixture that every test of a module uses
+
+import fastdiff as fd
+from benchmarks.digits import quality
+from benchmarks.guidance import sweep
+
+pytestmark = pytest.mark.slow
+COMMON = "--data digits --holdout 0.2 --timesteps 200 --prediction eps --channels 16 --blocks 1 --batch 64"
+RUNS = {
+    "simple": "",
+    "hybrid": "--loss hybrid --variance learned_range",
+    "linear": "--schedule linear",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a trained model for each of RUNS, and eval/eval.json, which compares them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in RUNS.items():
+        run("train", *COMMON.split(), *options.split(), "--out", str(folder / name))
+    models = [word for name in RUNS for word in ("--model", str(folder / name / "model"))]
+    run("eval", *models, "--holdout", "0.2", "--times", "all", "--out", str(folder / "eval"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def less_simple(runs: Path) -> dict[str, Any]:
+    """By model: its bits/dim less those of L_simple on the cosine schedule, on the same images."""
+    found = json.loads((runs / "eval" / "eval.json").read_text())["differences"]
+    return {Path(entry["model"]).parent.name: entry for entry in found}
+
+
+def test_the_hybrid_loss_with_a_learned_variance_beats_the_simple_loss_in_bits_per_dim(less_simple):
+    assert less_simple["hybrid"]["high"] < -0.3  # measured: -0.47
+
+
+def test_the_cosine_schedule_beats_the_linear_one_in_bits_per_dim(less_simple):
+    assert less_simple["linear"]["low"] > 0.1  # measured: +0.18
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_samples_of_every_ablation_are_readable(runs, name):
+    sampler = fd.Sampler.from_pretrained(str(runs / name / "model"), solver="ddim", steps=50)
+    assert quality(sampler, per_class=50).read >= 0.97
+
+
+@pytest.mark.parametrize(("solver", "steps", "least"), [("ddim", 50, 0.97), ("dpmpp_2m", 10, 0.93)])
+def test_the_embedded_model_s_samples_stay_readable_in_few_steps(solver, steps, least):
+    result = quality(fd.Sampler.from_pretrained("digits", solver=solver, steps=steps), per_class=100)
+    assert result.read >= least
+    assert 0.7 <= result.spread <= 1.3
+
+
+def test_guidance_trades_diversity_for_fidelity():
+    found = sweep((0.0, 1.0, 2.0, 4.0), per_class=30)
+    read, spread = [q.read for q in found], [q.spread for q in found]
+    assert read[0] < 0.3  # a scale of 0 knows no class
+    assert read[1] >= 0.95
+    assert min(read[2:]) >= read[1] - 0.01
+    assert (np.diff(spread) < 0).all()
