@@ -144,7 +144,7 @@ class LossAwareTimes:
         Raises:
             ValueError: it belongs to another number of times or another history.
         """
-        losses, told = (np.array(state[name].cpu()) for name in ("losses", "told"))
+        losses, told = (state[name].cpu().numpy().copy() for name in ("losses", "told"))
         if losses.shape != self._losses.shape or told.shape != self._told.shape:
             raise ValueError(
                 f"`state` must hold losses {list(self._losses.shape)}, got {list(losses.shape)}: it is of"
