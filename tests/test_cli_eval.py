@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains import one_thread
 from PIL import Image
 from test_cli import run
-from test_trainer import one_thread  # noqa: F401  a fixture that every test of a module uses
 
 import fastdiff as fd
 from fastdiff.train import load_data
+
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 @pytest.fixture(scope="module")

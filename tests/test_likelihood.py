@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains import one_thread
 from kernel_cases import assert_same_bits
 from test_objective_bound import by_the_papers
-from test_trainer import one_thread  # noqa: F401  a fixture that every test of a module uses
 
 import fastdiff as fd
 from fastdiff import ops
 from fastdiff.likelihood import mean_interval, strata
 from fastdiff.train import Objective, TrainConfig, Trainer, load_data
 
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 MEAN, STD = 0.05, 0.1
 LINEAR, COSINE = fd.NoiseSchedule.linear(200), fd.NoiseSchedule.cosine(50)
 

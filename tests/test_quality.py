@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chains import one_thread
 from test_cli import run
-from test_trainer import one_thread  # noqa: F401  a fixture that every test of a module uses
 
 import fastdiff as fd
 from benchmarks.digits import quality
 from benchmarks.guidance import sweep
 
 pytestmark = pytest.mark.slow
+_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 COMMON = "--data digits --holdout 0.2 --timesteps 200 --prediction eps --channels 16 --blocks 1 --batch 64"
 RUNS = {
     "simple": "",
