@@ -54,7 +54,7 @@ _OPTIONS = {
     "guidance_scale": "guidance", "resume=True": "resume", "skip_bad=True": "skip-bad",
     "attention_levels": "attention", "channel_mult": "mult", "model_channels": "channels",
     "num_res_blocks": "blocks", "batch_size": "batch", "ema_decay": "ema", "num_timesteps": "timesteps",
-    "quantile": "threshold", "holdout": "holdout", "times": "times",
+    "quantile": "threshold", "holdout": "holdout", "times": "times", "variance": "variance",
     "value_range": "value-range", "layout": "layout", "crop": "crop", "grad_clip": "grad-clip", "amp": "amp",
     "accumulate": "accumulate", "keep_checkpoints": "keep", "lr_schedule": "lr-schedule", "warmup": "warmup",
     "label_dropout": "label-dropout", "weight_decay": "weight-decay", "cache": "cache", "compile": "compile",
