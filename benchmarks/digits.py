@@ -94,6 +94,7 @@ def main() -> None:
         ("ddim", 50, 2.0),
         ("ddim", 50, 1.0),
         ("ddim", 20, 2.0),
+        ("dpmpp_2m", 10, 2.0),
         ("ddpm", 100, 2.0),
     ):
         sampler = fd.Sampler.from_pretrained("digits", solver=solver, steps=steps)

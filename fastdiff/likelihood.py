@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.clip import DynamicThreshold, clip_of
 from fastdiff.nn import prediction_of
 from fastdiff.schedule import NoiseSchedule, check_count
 from fastdiff.train import draws
@@ -121,7 +122,12 @@ def bits_per_dim(
     Source: Ho et al. 2020 (2006.11239), eq. 5 and sec. 3.3; Nichol & Dhariwal 2021 (2102.09672), sec. 3.
     """
     learned = variance in ("learned", "learned_range")
-    limits = (-1.0, 1.0) if clip is True else clip or None
+    limits = (-1.0, 1.0) if clip is True else None if clip is False else clip_of(clip)
+    if isinstance(limits, DynamicThreshold):
+        raise ValueError(
+            "`clip` must be True, False or a range (low, high): the bound has no term for a threshold of each"
+            f" sample's own, got {clip!r}"
+        )
     _check_images(x0)
     coef = vlb_coefficients(schedule, prediction, variance, limits, x0.dtype).to(x0.device)
     batch, steps = len(x0), len(schedule)

@@ -333,7 +333,9 @@ def test_bits_per_dim_fall_under_training_on_digits(tmp_path):
         ({"times": [0.5]}, TypeError, "`times` must be None, a number"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1"),
         ({"seed": 2**64}, ValueError, "`seed` must fit 64 bits"),
-        ({"clip": (1, -1)}, ValueError, "`clip` must be a range"),
+        ({"clip": (1, -1)}, ValueError, r"`clip` must be \(lo, hi\) with lo < hi"),
+        ({"clip": 1.0}, ValueError, r"`clip` must be None, \(lo, hi\)"),
+        ({"clip": fd.DynamicThreshold()}, ValueError, "`clip` must be True, False or a range"),
     ],
 )
 def test_bad_arguments_are_named(options, error, message):

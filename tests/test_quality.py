@@ -1,7 +1,4 @@
-"""Quality gates on real digits, minutes each: `pytest -m slow`. The README's figures are these tests' own.
-
-The trainings are the README's three commands and one more, on one core some 4 minutes each.
-"""
+"""Quality gates on real digits: `pytest -m slow`. The trainings are the README's, and take minutes each."""
 
 from __future__ import annotations
 

@@ -110,12 +110,11 @@ def _load(name: str, images: Any, device: Any) -> tuple[Any, dict[str, Any], str
             f"`--data` has {images.num_classes} classes and {name!r} knows {network.num_classes};"
             " use `--unconditional`"
         )
-    clip = settings.get("clip")
     arguments = {
         "schedule": NoiseSchedule.from_config(settings["schedule"]),
         "prediction": settings.get("prediction", "eps"),
         "variance": settings.get("variance", "fixed_small"),
-        "clip": tuple(clip) if clip else False,
+        "clip": settings.get("clip") or False,
     }
     return network, arguments, (config["about"] or {}).get("command", "")
 
