@@ -120,6 +120,18 @@ def test_models_are_compared_image_by_image(tmp_path, model):
     assert json.loads((tmp_path / "eval.json").read_text())["differences"][0]["low"] is None
 
 
+def test_a_learned_variance_is_trained_measured_and_sampled(tmp_path):
+    command = "train --data digits --holdout 0.2 --timesteps 20 --steps 4 --channels 8 --mult 1 --blocks 1"
+    options = "--attention= --batch 8 --warmup 1 --loss hybrid --variance learned_range --times loss_aware"
+    run(*command.split(), *options.split(), "--out", str(tmp_path / "run"))
+    model = str(tmp_path / "run" / "model")
+    assert "T = 20, every term" in run("eval", "--model", model, "--holdout", "0.2", "--num", "3")
+    run("sample", "--model", model, "--solver", "ddpm", "--steps", "5", "--num", "2", "--out",
+        str(tmp_path / "x.png"))  # fmt: skip
+    said = run(*command.split(), "--loss", "hybrid", "--out", str(tmp_path / "other"), code=2)
+    assert "`--variance` must be learned_range or learned" in " ".join(said.split())
+
+
 def test_images_that_were_trained_on_are_pointed_out(model):
     assert "--holdout 0.2 would measure" in run("eval", "--model", str(model), "--num", "2", "--times", "3")
 

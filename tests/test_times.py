@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from chains import one_thread
+from runs import CONFIG, log, state, trainer
 
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import Objective, draws
@@ -19,6 +22,7 @@ from fastdiff.train.times import (
     uniform_times,
 )
 
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 IDS = np.arange(1000)
 
 
@@ -186,6 +190,22 @@ def test_what_learns_says_so_and_what_does_not_keeps_nothing():
     assert fixed.to_config() == {"name": "fixed", "probabilities": [1 / 3, 2 / 3], "reweight": False}
     assert LossAwareTimes(5).learns
     assert LossAwareTimes(5).to_config() == {"name": "loss_aware", "history": 10, "uniform": 0.001}
+
+
+def test_a_run_goes_on_with_the_times_that_it_has_learnt(tmp_path):
+    def go(folder: str, steps: int, **options) -> LossAwareTimes:
+        times = LossAwareTimes(4, history=2)
+        objective = Objective(NoiseSchedule.cosine(4), loss="vlb")
+        config = replace(CONFIG, steps=steps)
+        trainer(tmp_path / folder, config, objective=objective, times=times, **options).run(progress=False)
+        return times
+
+    assert go("straight", 12).is_warm
+    assert go("run", 6).is_warm
+    go("run", 12, resume=True)
+    assert log(tmp_path / "run") == log(tmp_path / "straight")
+    assert state(tmp_path / "run") == state(tmp_path / "straight")
+    assert any(name.startswith("times/losses") for name in state(tmp_path / "run"))
 
 
 def test_names_stand_for_samplers():

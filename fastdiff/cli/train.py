@@ -82,6 +82,9 @@ def train(
     variance: Annotated[
         str, _diffusion(help="fixed_small, fixed_large; hybrid and vlb train learned_range or learned.")
     ] = "fixed_small",
+    times: Annotated[
+        str, _diffusion(help="uniform; loss_aware: by importance, for vlb; log_normal: as EDM trains.")
+    ] = "uniform",
     channels: Annotated[int, _network(help="Channels of the finest level.")] = 32,
     mult: Annotated[str, _network(help="Their factor at each level.")] = "1,2",
     blocks: Annotated[int, _network(help="Residual blocks of a level.")] = 2,
@@ -111,8 +114,10 @@ def train(
     from fastdiff.nn import UNet
     from fastdiff.train import Objective, TrainConfig, Trainer, load_data
     from fastdiff.train.ranks import Ranks
+    from fastdiff.train.times import times_of
 
     objective = Objective(words.schedule(schedule, timesteps), prediction, variance, loss)
+    chosen = times_of(times, objective.schedule)
     dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
     if dtype not in dtypes:
         raise ValueError(f"`--dtype` must be one of {', '.join(dtypes)}, got {dtype!r}")
@@ -148,7 +153,8 @@ def train(
         shape = "x".join(map(str, images.shape))
         typer.echo(f"{len(images)} images of {shape}, {network.num_parameters:,} parameters")
     trainer = Trainer(
-        network, objective, images, config, out, resume=resume, sample_fn=_grid_of(objective, crop, images),
+        network, objective, images, config, out, times=chosen, resume=resume,
+        sample_fn=_grid_of(objective, crop, images),
         about={"command": shlex.join(["fastdiff", *sys.argv[1:]])},
     )  # fmt: skip
     result = trainer.run(dtype=dtypes[dtype])

@@ -46,30 +46,6 @@ class Times(Protocol):
         """Go on from `state_dict`'s result."""
 
 
-class UniformTimes:
-    """Every time as often as any other."""
-
-    learns = False
-
-    def __init__(self, num_timesteps: int) -> None:
-        self._num_timesteps = num_timesteps
-
-    def draw(self, seed: int, step: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        return draws.times(seed, step, ids, self._num_timesteps), None
-
-    def learn(self, t: np.ndarray, losses: np.ndarray) -> None:
-        """Nothing: all times stay alike."""
-
-    def to_config(self) -> Mapping[str, Any]:
-        return {"name": "uniform"}
-
-    def state_dict(self) -> Mapping[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to put back."""
-
-
 @dataclass(frozen=True, eq=False)
 class Measured:
     """What a step came to, still on the device: of this process's samples alone but for the norm.

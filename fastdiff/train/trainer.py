@@ -24,7 +24,8 @@ from fastdiff.train.log import QUARTILES, StepLog, records
 from fastdiff.train.objective import Objective
 from fastdiff.train.ranks import Ranks
 from fastdiff.train.rundir import RunDir
-from fastdiff.train.step import Measured, Stepper, Times, UniformTimes, gathered
+from fastdiff.train.step import Measured, Stepper, Times, gathered
+from fastdiff.train.times import uniform_times
 
 _LAST_LOSSES = 100  # `TrainResult.loss` is their mean
 
@@ -126,7 +127,7 @@ class Trainer:
                 f"`batch_size` must give every part of every process a sample, got {config.batch_size} for"
                 f" {self._ranks.size} processes of {config.accumulate} parts"
             )
-        self._times = UniformTimes(len(objective.schedule)) if times is None else times
+        self._times = uniform_times(len(objective.schedule)) if times is None else times
         self._ranks.share(model)
         self._stepper = Stepper(model, objective, config, self._ranks, self._times)
         self.step, self.seconds = 0, 0.0
