@@ -34,10 +34,8 @@ BATCH = 32
 SCHEDULE = fd.NoiseSchedule.linear(T)
 LARGE = (32, 4, 512, 512)  # a batch of 128 MB for the objective alone
 RECIPES = ("denoising-diffusion-pytorch", "diffusers", "fastdiff")
-GUARDS = {
-    "memory": "tests/test_bench_train.py::test_the_objective_never_stores_noise_or_target",
-    "objective": "tests/test_bench_train.py::test_the_objective_is_faster_than_either_recipe",
-}
+GUARD_MEMORY = "tests/test_bench_train.py::test_the_objective_never_stores_noise_or_target"
+GUARD_SPEED = "tests/test_bench_train.py::test_the_objective_is_faster_than_either_recipe"
 Loss = Callable[[Any, Tensor, Tensor, int, "Tensor | None"], Tensor]
 
 
@@ -156,7 +154,7 @@ def objective_speed(shape: tuple[int, ...] = (16, 3, 250, 250), rounds: int = 15
 
     variants = {name: variant(loss) for name, loss in losses("eps").items()}
     name = f"objective and gradient, {math.prod(shape) / 1e6:g} million elements"
-    about = {"guard": GUARDS["objective"], "shape": list(shape)}
+    about = {"guard": GUARD_SPEED, "shape": list(shape)}
     return compare("train", name, variants, "diffusers", rounds=rounds, **about)
 
 
@@ -196,5 +194,5 @@ def bench_batches_held(recipe, benchmark, keep):
     batches_held(recipe, (2, 3, 8, 8))
     held = benchmark.pedantic(batches_held, args=(recipe,), rounds=1)
     name = f"{recipe}: peak of the objective and its gradient"
-    guard = GUARDS["memory"] if recipe == "fastdiff" else ""
+    guard = GUARD_MEMORY if recipe == "fastdiff" else ""
     keep(Quantity("train", name, held, "batches", None, {"shape": list(LARGE)}, guard))

@@ -35,25 +35,23 @@ def table(found: Sequence[Quality]) -> str:
 
 
 def draw(found: Sequence[Quality], path: Path) -> None:
-    """Fidelity over diversity, a point for each scale."""
+    """Fidelity, diversity and novelty over the guidance scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 3.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
-    spread, read = [q.spread for q in found], [100 * q.read for q in found]
-    axis.plot(spread, read, color="#1b4f8f", marker="o")
-    for q in found:
-        axis.annotate(f"{q.guidance:g}", (q.spread, 100 * q.read), (6, -12), textcoords="offset points")
-    axis.axvline(1.0, color="#8a8a8a", linewidth=0.8)
-    axis.set_xlabel("spread within a class over the real digits' (diversity; 1: as varied)")
-    axis.set_ylabel("% of samples read as their class (fidelity)")
-    samples, steps = found[0].samples, found[0].steps
-    axis.set_title(
-        f"guidance scale by scale: {samples} samples each, DDIM, {steps} steps", loc="left", fontsize=10
+    panels = (
+        ("fidelity: % read as their class", [100 * q.read for q in found], "#1b4f8f"),
+        ("diversity: spread over the real digits'", [q.spread for q in found], "#c8452f"),
+        ("copies: % near a training image", [100 * q.near for q in found], "#3f7f3f"),
     )
-    axis.grid(color="#e4e4e4", linewidth=0.6)
+    for axis, (title, values, colour) in zip(figure.subplots(1, 3), panels, strict=True):
+        axis.plot([q.guidance for q in found], values, color=colour, marker="o")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("guidance scale")
+        axis.set_ylim(bottom=0)
+        axis.grid(color="#e4e4e4", linewidth=0.6)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
 

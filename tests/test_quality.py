@@ -65,9 +65,10 @@ def test_the_embedded_model_s_samples_stay_readable_in_few_steps(solver, steps, 
 
 
 def test_guidance_trades_diversity_for_fidelity():
-    found = sweep((0.0, 1.0, 2.0, 4.0), per_class=30)
+    found = sweep((0.0, 0.5, 1.0, 2.0, 4.0), per_class=30)
     read, spread = [q.read for q in found], [q.spread for q in found]
     assert read[0] < 0.3  # a scale of 0 knows no class
-    assert read[1] >= 0.95
-    assert min(read[2:]) >= read[1] - 0.01
-    assert (np.diff(spread) < 0).all()
+    assert (np.diff(read[:3]) > 0.1).all()
+    assert min(read[2:]) >= 0.95
+    assert (np.diff(spread[:4]) < 0).all()  # beyond 2 it no longer falls
+    assert min(spread) >= 0.7
