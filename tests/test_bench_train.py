@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+from chains import one_thread
 
 from benchmarks import bench_train
 from benchmarks.bench_train import RECIPES, batches_held, check, objective_speed
 from fastdiff.kernels import cpu
+
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 def test_the_recipes_are_the_same_loss():
@@ -38,9 +43,11 @@ def test_the_objective_never_stores_noise_or_target():
         assert held["fastdiff"] <= held[recipe] - 1 + scratch  # the noise of a batch
 
 
-def test_the_objective_is_faster_than_either_recipe():
+def test_the_objective_is_faster_than_either_recipe(monkeypatch):
+    """On one thread, by its own processor time: what else runs beside the test does not count."""
     if cpu.library(wait=True) is None:
         pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)
     found = objective_speed(rounds=9)
     for recipe in RECIPES[:2]:
         assert found.times[recipe].median >= 1.2 * found.times["fastdiff"].median
