@@ -160,6 +160,7 @@ def objective_speed(shape: tuple[int, ...] = (16, 3, 250, 250), rounds: int = 15
 
 def batches_held(recipe: str, shape: tuple[int, ...] = LARGE) -> float:
     """Peak memory of a loss and its gradient, in batches; x0, the network's output and gradient are there."""
+    cpu.library(wait=True)
     x0, t, model, loss = torch.ones(shape), torch.arange(shape[0]), Ready(shape), losses("eps")[recipe]
     model.out.grad = torch.ones(shape)
     return peak_bytes(lambda: loss(model, x0, t, 0, None).backward()) / (4 * math.prod(shape))

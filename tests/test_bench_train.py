@@ -33,6 +33,8 @@ def test_the_check_sees_another_loss(monkeypatch):
 
 def test_the_objective_never_stores_noise_or_target():
     """At its peak it holds x_t and a gradient; a recipe holds the noise and the squares as well."""
+    if cpu.library(wait=True) is None:
+        pytest.skip("needs a C++ compiler: without one a target is made for the loss, and given back")
     try:
         held = {recipe: batches_held(recipe) for recipe in RECIPES}
     except OSError:
