@@ -5,28 +5,23 @@ until it is there, and where there is no compiler, callers use NumPy and torch, 
 the last bit.
 
     FASTDIFF_NATIVE=0      never build or load it
-    FASTDIFF_CACHE=DIR     where compiled files are kept (default: fastdiff in $XDG_CACHE_HOME or ~/.cache)
+    FASTDIFF_CACHE=DIR     where compiled files are kept (_cache.py)
     CXX=...                the compiler (default: g++, clang++, c++)
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
 import logging
 import os
 import platform
-import shlex
-import shutil
 import subprocess
-import tempfile
 import threading
-import time
 from pathlib import Path
 
 import torch
 
+from . import _cache
 from ._cpp_constants import constants
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "reverse_step.cpp", "group_norm.cpp"))
@@ -93,21 +88,10 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _compiler() -> list[str] | None:
-    """The command that compiles C++, or None."""
-    if chosen := os.environ.get("CXX"):
-        try:
-            return shlex.split(chosen)
-        except ValueError:  # an open quotation mark: one word, which then fails with its name
-            return [chosen]
-    found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
-    return [found] if found else None
-
-
 def _load() -> None:
     """Set `_library`; say in one line why not, where it cannot be."""
     global _library
-    compiler = _compiler()
+    compiler = _cache.compiler()
     path = _cache_file(compiler)
     if compiler is None or path is None:
         _log.warning(
@@ -116,7 +100,7 @@ def _load() -> None:
         )
         return
     try:
-        if not _intact(path):
+        if not _cache.intact(path):
             _build(compiler, path)
         loaded = ctypes.CDLL(str(path))
         for name in _OPS:
@@ -125,61 +109,26 @@ def _load() -> None:
         _log.warning("fastdiff's CPU kernels could not be built, NumPy is used instead: %s", error)
         return
     _library = loaded
-    with contextlib.suppress(OSError):  # a cache that is only read from is never swept either
-        for used in (path, _digest_file(path)):
-            os.utime(used)
-
-
-def _intact(path: Path) -> bool:
-    """Whether `path` holds what was once written there: a damaged library would end the process when it runs.
-
-    Raises:
-        OSError: the file belongs to another user, whose code is not run.
-    """
-    try:
-        content, digest = path.read_bytes(), _digest_file(path).read_text()
-    except (OSError, UnicodeDecodeError):
-        return False
-    if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
-        raise OSError(f"{path} belongs to another user; remove it or set FASTDIFF_CACHE")
-    return hashlib.sha256(content).hexdigest() == digest
-
-
-def _digest_file(path: Path) -> Path:
-    return path.with_suffix(".sha256")
+    _cache.used(path)
 
 
 def _build(compiler: list[str], path: Path) -> None:
     """Compile into `path`, atomically, mode 0600, with its digest beside it."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _sweep(path.parent)
-    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
-        source, target, digest = (Path(folder, name) for name in ("cpu.cpp", "cpu.so", "cpu.sha256"))
+    with _cache.building(path.parent) as folder:
+        source, target = (folder / name for name in ("cpu.cpp", "cpu.so"))
         source.write_text(constants() + _text())
         for tuning in _TUNINGS:
             command = [*compiler, *_EXACT, *tuning, "-shared", "-fPIC", str(source), "-o", str(target)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if result.returncode == 0 and target.exists():
-                digest.write_text(hashlib.sha256(target.read_bytes()).hexdigest())
-                for made, kept in ((target, path), (digest, _digest_file(path))):
-                    made.chmod(0o600)
-                    os.replace(made, kept)
+                _cache.keep(target, path)
                 return
     raise OSError(f"{' '.join(command)} failed: {result.stderr.strip()[:500]}")
 
 
-def _sweep(cache: Path) -> None:
-    """Remove what killed builds left, and libraries that nobody has loaded for a month."""
-    for pattern, age in (("build-*", 3600), ("cpu-*", 30 * 86400)):
-        for old in cache.glob(pattern):
-            with contextlib.suppress(OSError):  # another process sweeps as well
-                if time.time() - old.stat().st_mtime > age:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
 def _is_cached() -> bool:
     """Whether there is something to load."""
-    path = _cache_file(_compiler())
+    path = _cache_file(_cache.compiler())
     return path is not None and path.exists()
 
 
@@ -187,39 +136,9 @@ def _cache_file(compiler: list[str] | None) -> Path | None:
     """Where the compiled file for this source, compiler and processor lies."""
     if compiler is None:
         return None
-    key = [
-        _text(),
-        constants(),
-        *compiler,
-        platform.machine(),
-        _processor(),
-        repr((_EXACT, _TUNINGS)),
-    ]
-    digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:24]
-    return _cache_folder() / f"cpu-{digest}.so"
-
-
-def _cache_folder() -> Path:
-    """FASTDIFF_CACHE, or the user's cache; where there is no home, a temporary folder of the user's."""
-    if chosen := os.environ.get("FASTDIFF_CACHE"):
-        return Path(chosen)
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache, "fastdiff")
-    home = os.path.expanduser("~")
-    if home != "~":
-        return Path(home, ".cache", "fastdiff")
-    return Path(tempfile.gettempdir(), f"fastdiff-{os.getuid()}")
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )
+    machine = (platform.machine(), _cache.processor(), repr((_EXACT, _TUNINGS)))
+    name = _cache.digest(_text(), constants(), *compiler, *machine)
+    return _cache.folder() / f"cpu-{name}.so"
 
 
 def _text() -> str:

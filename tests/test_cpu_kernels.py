@@ -13,7 +13,7 @@ import torch
 from kernel_cases import assert_same_bits, library
 
 from fastdiff import ops
-from fastdiff.kernels import _cpp_constants, cpu
+from fastdiff.kernels import _cache, _cpp_constants, cpu
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_damaged_library_is_rebuilt(
         digest = next(built.glob("*.sha256"))
         (fresh / digest.name).write_bytes(digest.read_bytes())
     assert cpu.library(wait=True) is not None
-    assert cpu._intact(fresh / name)
+    assert _cache.intact(fresh / name)
     assert not caplog.records
 
 
@@ -242,5 +242,5 @@ def test_a_library_in_use_keeps_its_digest_from_the_sweep(fresh: Path) -> None:
     for path in kept:
         os.utime(path, (0, 0))
     cpu._load()
-    cpu._sweep(fresh)
+    _cache.sweep(fresh)
     assert sorted(fresh.iterdir()) == kept
