@@ -1,6 +1,8 @@
-"""What one call of a sampler runs on: a table on its device, the buffers of a batch, one step of it.
+"""What one call of a sampler runs on: a table on its device, the buffers of a batch, a step, the walk.
 
 Between two evaluations of the network one operator runs, `reverse_step`, on buffers that are allocated once.
+`walk` goes down the rows and does not know how a step runs: execution.py chooses among the network as it is,
+compiled (compiled.py), and captured with its update in a CUDA graph (graph.py).
 """
 
 from __future__ import annotations
@@ -15,14 +17,38 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fastdiff import ops
+from fastdiff._dispatch import bound_reverse_step
 from fastdiff.editing import Ending
 from fastdiff.lanes import Lanes
 from fastdiff.nn import EmbeddingTable, RowTimes, UNet, embedding_table, prediction_of
 from fastdiff.table import SamplingTable
 
+# one step of a batch: its row, and the noise to use in place of what the operator draws
+Step = Callable[[int, torch.Tensor | None], None]
 # how many normals are drawn in one pass where no compiled kernel draws them: enough that NumPy's calls cost
 # little per normal
 _NORMALS_AHEAD = 65536
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a chain stands, as a callback sees it.
+
+    Attributes:
+        row: the row that has just run.
+        num_rows: rows of the whole chain.
+        t: the network's time in that row.
+        x: [B, ...] float32, the state after it. The chain goes on in this tensor: clone what you keep, and
+            do not write to it.
+        x0: [B, ...] float32, the clean sample that the network saw in that row: a preview. Overwritten by
+            the next row as well.
+    """
+
+    row: int
+    num_rows: int
+    t: float
+    x: torch.Tensor
+    x0: torch.Tensor
 
 
 @dataclass
@@ -78,9 +104,9 @@ class Program:
         self.device = device
         self.dtype = dtype
         self._packed = table.pack(device, endings=endings)
-        self._whole_times = bool((table.t == table.t.round()).all())
-        whole = torch.int64 if self._whole_times else torch.float32
-        self._times = RowTimes(table.t.tolist(), device, whole)
+        whole = bool((table.t == table.t.round()).all())
+        self._times: list[Any] = [int(t) if whole else float(t) for t in table.t]
+        self._row_times = RowTimes(self._times, device, torch.int64 if whole else torch.float32)
         self._reads_noise = (table.from_noise != 0).any(axis=1).tolist()
         self._feeds_state = dtype == torch.float32 and bool((table.c_in == 1).all())
 
@@ -110,7 +136,7 @@ class Program:
             if registers
             else None,
             u=u,
-            t=torch.zeros(len(u), dtype=self._times.dtype, device=self.device),
+            t=torch.full((len(u),), self._times[0], dtype=self._row_times.dtype, device=self.device),
             row=self._packed.start(num),
             seed=seed,
             sample_id=ids,
@@ -135,34 +161,64 @@ class Program:
             own.copy_(batch.x if c_in == 1 else c_in * batch.x)
         torch.index_select(own, 0, batch.lanes.order[num:], out=others)
 
-    def step(
-        self, model: Callable[..., Any], batch: Batch, row: int, noise: torch.Tensor | None = None
-    ) -> None:
-        """One evaluation of the network and the fused update.
+    def stepper(self, model: Callable[..., Any], batch: Batch) -> Step:
+        """A row of a batch: an evaluation of the network and the fused update.
 
         Raises:
-            ValueError: an output that does not fit the table, before the update.
+            ValueError: (the step) an output that does not fit the table, before the update.
         """
-        batch.row.fill_(row)
-        batch.t.fill_(int(self.table.t[row]) if self._whole_times else float(self.table.t[row]))
-        out = self._evaluate(model, batch, row)
+        # what is the same in every row is looked up once: a step of a small network on a CPU is short
+        times, given, shape, table = self._times, batch.cond, batch.u.shape, batch.embedding
+        bound = None
+        if batch.x.device.type == "cpu":
+            lanes, channels, *rest = shape
+            like = batch.u.new_empty(lanes, (1 + self.table.learned) * channels, *rest)
+            bound = bound_reverse_step(*self._operands(batch, like, None))
+            row, t = batch.row.numpy(), batch.t.numpy()
+
+        def step(i: int, noise: torch.Tensor | None) -> None:
+            if bound is None:
+                batch.row.fill_(i)
+                batch.t.fill_(times[i])
+            else:
+                row[...] = i
+                t[...] = times[i]
+            if table is None:
+                out = prediction_of(model(batch.u, batch.t, **given))
+            else:
+                assert isinstance(model, UNet)
+                out = model.forward_embedded(batch.u, table.at(i))
+            self._check_output(out, shape)
+            if bound is None or not bound(out, noise):
+                torch.ops.fastdiff.reverse_step_(*self._operands(batch, out, noise))
+
+        return step
+
+    def evaluate(self, model: Callable[..., Any], batch: Batch, noise: torch.Tensor | None = None) -> None:
+        """The network and the update at the rows and times that stand in the buffers; nothing on the host."""
+        out = prediction_of(model(batch.u, batch.t, **batch.cond))
         self._check_output(out, batch.u.shape)
-        torch.ops.fastdiff.reverse_step_(
-            batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, self._packed.coef,
-            self._packed.plan, batch.row, batch.seed, batch.sample_id, batch.lanes.cond, batch.lanes.uncond,
-            batch.lanes.scale, noise, self._packed.threshold, batch.known, batch.mask, batch.x0,
+        torch.ops.fastdiff.reverse_step_(*self._operands(batch, out, noise))
+
+    def _operands(self, batch: Batch, out: torch.Tensor, noise: torch.Tensor | None) -> tuple[Any, ...]:
+        """What `reverse_step_` takes."""
+        packed, lanes = self._packed, batch.lanes
+        return (
+            batch.x, batch.registers, out, None if batch.u is batch.x else batch.u, packed.coef, packed.plan,
+            batch.row, batch.seed, batch.sample_id, lanes.cond, lanes.uncond, lanes.scale, noise,
+            packed.threshold, batch.known, batch.mask, batch.x0,
         )  # fmt: skip
 
     def tabulate(self, model: Callable[..., Any], batch: Batch) -> None:
         """Let the steps of a batch find what depends on time and class alone in a table, where one fits."""
-        batch.embedding = embedding_table(model, self._times, batch.cond)
+        batch.embedding = embedding_table(model, self._row_times, batch.cond)
 
-    def _evaluate(self, model: Callable[..., Any], batch: Batch, row: int) -> torch.Tensor:
-        """The network's output at a row."""
-        if batch.embedding is None:
-            return prediction_of(model(batch.u, batch.t, **batch.cond))
-        assert isinstance(model, UNet)
-        return model.forward_embedded(batch.u, batch.embedding.at(row))
+    def advance(self, batch: Batch) -> None:
+        """Every sample to its next row, on the device."""
+        lanes = batch.lanes
+        torch.ops.fastdiff.advance_(
+            batch.row, self._packed.coef, batch.t, None, lanes.cond, lanes.uncond, None
+        )
 
     def _check_output(self, out: torch.Tensor, given: torch.Size) -> None:
         """The network's output against the table's contract."""
@@ -205,6 +261,48 @@ class Program:
             seeds, ids = batch.seed.repeat(len(rows)), batch.sample_id.repeat(len(rows))
             yield from ops.normal(batch.x.shape[1:], seeds, ids, draws).view(len(rows), *batch.x.shape)
             row += len(rows)
+
+
+def walk(
+    table: SamplingTable,
+    batch: Batch,
+    step: Step,
+    noise: Iterator[torch.Tensor | None],
+    progress: bool = False,
+    callback: Callable[[Moment], object] | None = None,
+    trajectory: bool = False,
+) -> torch.Tensor | None:
+    """Run every row.
+
+    Args:
+        table: whose rows.
+        batch: the buffers that `step` works in.
+        step: called with each row and its noise.
+        noise: of each row.
+        progress, callback, trajectory: as in `Sampler.sample`.
+    Returns:
+        The states from the start to the sample, where they are wanted.
+    """
+    rows: Any = range(table.num_rows)
+    if progress:
+        from tqdm import tqdm
+
+        rows = tqdm(rows, desc=table.name, unit="step", leave=False)
+    x, ends = batch.x, table.ends_step.tolist()
+    # allocated here, since nothing is while captured steps run
+    states = x.new_empty(1 + sum(ends), *x.shape) if trajectory else None
+    seen = 1
+    if states is not None:
+        states[0].copy_(x)
+    for row in rows:
+        step(row, next(noise))
+        if ends[row]:
+            if states is not None:
+                states[seen].copy_(x)
+                seen += 1
+            if callback is not None and batch.x0 is not None:
+                callback(Moment(row, table.num_rows, float(table.t[row]), x, batch.x0))
+    return states
 
 
 # how many chains are in a model just now, and which of its modules were in training mode before the first

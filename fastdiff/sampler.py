@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from fastdiff import editing, ops
-from fastdiff.chain import Batch, Program, evaluating
+from fastdiff.chain import Batch, Moment, Program, evaluating, walk
 from fastdiff.clip import Clip, clip_from_config
+from fastdiff.execution import Execution
 from fastdiff.lanes import Condition, Lanes, conditions, has_null_class
 from fastdiff.levels import NoiseLevels
 from fastdiff.nn import UNet, load_config
@@ -30,27 +30,6 @@ Guidance = float | Sequence[float] | torch.Tensor
 _Edited = tuple[SamplingTable, Mapping[int, editing.Ending]]
 _Known = tuple[torch.Tensor, torch.Tensor] | None
 _KEPT_PROGRAMS = 16  # of edited tables: strengths, resamplings and inversions in use
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where a chain stands, as a callback sees it.
-
-    Attributes:
-        row: the row that has just run.
-        num_rows: rows of the whole chain.
-        t: the network's time in that row.
-        x: [B, ...] float32, the state after it. The chain goes on in this tensor: clone what you keep, and
-            do not write to it.
-        x0: [B, ...] float32, the clean sample that the network saw in that row: a preview. Overwritten by
-            the next row as well.
-    """
-
-    row: int
-    num_rows: int
-    t: float
-    x: torch.Tensor
-    x0: torch.Tensor
 
 
 class Sampler:
@@ -72,6 +51,12 @@ class Sampler:
             float32.
         spacing: how `steps` times are chosen: "ddpm", "leading", "trailing", "linspace".
         table: a `SamplingTable` in place of schedule, solver, steps, prediction, variance and clip.
+        graph: whether a step is captured in a CUDA graph. "auto": on a GPU, where the model is a
+            `torch.nn.Module` that can be; True: any callable, whose parameters then must stay where they are.
+        compile: whether the network is compiled. True: before the first chain, or torch.compile's way where
+            it cannot be exported. "auto": on a CPU, in the background, once the time spent in its chains
+            shows that it pays; a later chain then differs in the network's last bits. Compiled networks lie
+            on disk and follow their weights.
         **options: the solver's own, e.g. eta for "ddim".
 
     Raises:
@@ -93,6 +78,8 @@ class Sampler:
         dtype: torch.dtype | None = None,
         spacing: str = "ddpm",
         table: SamplingTable | None = None,
+        graph: bool | str = "auto",
+        compile: bool | str = "auto",
         **options: Any,
     ) -> None:
         if not callable(model):
@@ -133,6 +120,7 @@ class Sampler:
         self.dtype = dtype or (first.dtype if first is not None else torch.float32)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"`dtype` must be a floating torch.dtype, got {self.dtype!r}")
+        self._execution = Execution(self.device, graph, compile)
         self._program = Program(table, self.device, self.dtype)
         self._edits: dict[tuple[Any, ...], Program] = {}
 
@@ -374,24 +362,11 @@ class Sampler:
         trajectory: bool,
     ) -> Any:
         """Walk down the rows."""
-        table = program.table
-        rows: Any = range(table.num_rows)
-        if progress:
-            from tqdm import tqdm
-
-            rows = tqdm(rows, desc=table.name, unit="step", leave=False)
-        states = [batch.x.clone()] if trajectory else []
         drawn = program.noise_rows(batch) if noise is None else iter(noise.to(self.device, torch.float32))
-        with evaluating(self.model), torch.inference_mode():
-            program.tabulate(self.model, batch)
-            for row in rows:
-                program.step(self.model, batch, row, next(drawn))
-                if table.ends_step[row]:
-                    if trajectory:
-                        states.append(batch.x.clone())
-                    if callback is not None and batch.x0 is not None:
-                        callback(Moment(row, table.num_rows, float(table.t[row]), batch.x, batch.x0))
-        return (batch.x, torch.stack(states)) if trajectory else batch.x
+        running = self._execution.steps(self.model, program, batch, noise is not None)
+        with evaluating(self.model), torch.inference_mode(), running as (step, in_use):
+            states = walk(program.table, in_use, step, drawn, progress, callback, trajectory)
+        return (batch.x, states) if trajectory else batch.x
 
 
 def _require_shape(name: str, value: Any, shape: tuple[int, ...], words: str) -> None:

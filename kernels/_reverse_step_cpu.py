@@ -6,8 +6,8 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from ctypes import CDLL, c_int64
+from collections.abc import Callable, Iterator
+from ctypes import CDLL, c_int64, c_void_p
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,39 @@ def step_native(native: CDLL, s: Step) -> None:
     )  # fmt: skip
     if s.u is not None and u is not s.u:
         s.u.copy_(u)  # type: ignore[arg-type]
+
+
+def bound_native(native: CDLL, s: Step) -> Callable[[torch.Tensor, torch.Tensor | None], bool]:
+    """`step_native` for rows that share their buffers, whose addresses are looked up once.
+
+    A call takes a quarter of the operator's time, which is most of a small network's step on a CPU.
+
+    Args:
+        s: the operands, dense; `out` and `noise` stand for those of any row.
+
+    Returns:
+        A function of a row's own output and noise. It does nothing and returns False where they do not lie
+        in memory as the kernel reads them.
+    """
+    own_out, own_noise = c_void_p(), c_void_p()
+    x, registers, u, *rest = map(cpu.pointer, (s.x, s.registers, s.u, *s[4:12], *s[13:]))
+    sizes = (c_int64(s.x.shape[0]), c_int64(s.x.shape[1]), c_int64(s.out.shape[1]), c_int64(s.idle))
+    flags = (0 if s.registers is None else s.registers.shape[0], int(s.out.dtype == torch.bfloat16))
+    arguments = (x, registers, own_out, u, own_noise, *rest, *sizes, *flags, torch.get_num_threads())
+    run = native.fd_reverse_step
+    kept = s._replace(out=s.out.new_empty(0))  # what the addresses are of
+
+    def step(out: torch.Tensor, noise: torch.Tensor | None) -> bool:
+        if out.dtype is not kept.out.dtype or not out.is_contiguous():
+            return False
+        if noise is not None and not noise.is_contiguous():
+            return False
+        own_out.value = out.data_ptr()
+        own_noise.value = None if noise is None else noise.data_ptr()
+        run(*arguments)
+        return True
+
+    return step
 
 
 def step_eager(s: Step) -> None:

@@ -22,7 +22,8 @@ LAYERS = {
     1: "schedule spacing levels clip table",
     2: "solvers plots words",
     3: "_dispatch _losses _norm_direct _norm _step ops nn",
-    4: "editing lanes chain sampler graph train likelihood _fake _capture_rules capture optimization",
+    4: "editing lanes anatomy chain packages compiled graph execution sampler train likelihood "
+    "_fake _capture_rules capture optimization",
     5: "engine generate shares adapters",
     6: "cli __main__",
 }

@@ -1,0 +1,162 @@
+"""Packages on disk and when they are made: names, damage, the background; with stand-ins."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+
+import pytest
+import torch
+from chains import SCHEDULE, SHAPE
+from package_stand_in import Net, assert_same, both, refuse_to_compile, said, stand_ins
+
+import fastdiff as fd
+from fastdiff import compiled, packages
+from fastdiff.kernels import _cache
+
+compiler = pytest.fixture(stand_ins)
+
+
+def test_a_package_is_found_by_the_next_process_and_is_private(compiler):
+    assert_same(both(Net()))
+    compiled._plans.clear()
+    assert_same(both(Net()))
+    assert len(compiler.runs) == 1
+    files = list(_cache.folder().glob("step-*"))
+    assert sorted(path.suffix for path in files) == [".pt2", ".sha256"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "digest lost"])
+def test_a_damaged_package_is_compiled_again(compiler, damage):
+    assert_same(both(Net()))
+    compiled._plans.clear()
+    (path,) = _cache.folder().glob("*.pt2")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        _cache.digest_file(path).unlink()
+    assert_same(both(Net()))
+    assert len(compiler.runs) == 2
+
+
+def test_a_package_of_another_user_is_not_loaded(compiler, monkeypatch, caplog):
+    assert_same(both(Net()))
+    compiled._plans.clear()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    monkeypatch.setattr(torch, "compile", refuse_to_compile)
+    assert_same(both(Net()))
+    assert "belongs to another user" in said(caplog)[-1]
+
+
+def test_what_compiled_code_depends_on_is_in_its_name(compiler, monkeypatch):
+    def path(net, num=2, dtype=torch.int64, labels=False) -> str:
+        cond = {"labels": torch.zeros(num, dtype=torch.int64)} if labels else {}
+        x, t = torch.zeros(num, *SHAPE), torch.zeros(num, dtype=dtype)
+        return packages.export(packages.structure_copy(net), x, t, cond).path.name
+
+    class Sine(Net):
+        def forward(self, x, t, labels=None):
+            return self.conv(torch.sin(x))
+
+    sine, loud = Sine(), Net()
+    loud.gain = 3.0
+    names = [path(Net()), path(sine), path(loud), path(Net(), 3), path(Net(), dtype=torch.float32)]
+    names += [
+        path(Net(), labels=True),
+        path(Net().double()),
+        path(Net().to(memory_format=torch.channels_last)),
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    names.append(path(Net()))
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    names.append(path(Net()))
+    monkeypatch.setattr(_cache, "processor", lambda: "another")
+    names.append(path(Net()))
+    assert len(set(names)) == len(names)
+    assert path(Net()) == names[-1]
+
+
+def test_native_zero_compiles_nothing(compiler, monkeypatch):
+    monkeypatch.setenv("FASTDIFF_NATIVE", "0")
+    assert_same(both(Net()))
+    assert not compiler.runs
+
+
+def wait_for(made) -> None:
+    end = time.monotonic() + 60
+    while not made() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert made()
+
+
+def background() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "fastdiff-compile"]
+
+
+def test_auto_compiles_nothing_for_short_chains(compiler, monkeypatch):
+    monkeypatch.setattr(packages, "export", refuse_to_compile)
+    sampler = fd.Sampler(Net(), SCHEDULE, steps=20, shape=SHAPE)
+    for seed in range(3):
+        sampler.sample(2, seed=seed)
+    assert not background()
+    assert not compiler.runs
+
+
+def test_auto_compiles_in_the_background_once_it_pays(compiler, monkeypatch):
+    net, main, used = Net(), threading.get_ident(), []
+    ran_in = []
+    monkeypatch.setattr(packages, "_compile", lambda *a: ran_in.append(threading.get_ident()) or compiler(*a))
+    sampler, eager = fd.Sampler(net, SCHEDULE, steps=5, shape=SHAPE), both(net, solver="ddim")[1]
+    expected, stepper = eager.sample(2), sampler._program.stepper
+    assert torch.equal(sampler.sample(2), expected)
+    (plan,) = compiled._plans[net].values()
+    cost = compiled._SECONDS_TO_COMPILE / compiled._SHARE_SAVED
+    plan._spent = cost - 1
+    sampler.sample(2)
+    assert not background(), "not yet"
+    plan._spent = cost
+    assert torch.equal(sampler.sample(2), expected), "the chain that starts it is eager"
+    wait_for(lambda: plan._made)
+    assert ran_in
+    assert main not in ran_in
+    monkeypatch.setattr(
+        sampler._program, "stepper", lambda network, *a: used.append(network) or stepper(network, *a)
+    )
+    assert torch.equal(sampler.sample(2), expected)
+    assert set(used) == {plan._made}
+
+
+def test_auto_uses_a_cached_package_sooner(compiler):
+    assert_same(both(Net()))
+    compiled._plans.clear()
+    net = Net()
+    sampler = fd.Sampler(net, SCHEDULE, steps=5, shape=SHAPE)
+    sampler.sample(3)
+    (plan,) = compiled._plans[net].values()
+    plan._spent = compiled._SECONDS_TO_EXPORT / compiled._SHARE_SAVED
+    sampler.sample(3)
+    wait_for(lambda: plan._made)
+    sampler.sample(3)
+    assert plan._verified
+    assert len(compiler.runs) == 1
+
+
+def test_a_compilation_that_fails_in_the_background_is_said_once(compiler, caplog):
+    compiler.fails = "the compilation failed: no space left"
+    net = Net()
+    sampler = fd.Sampler(net, SCHEDULE, steps=5, shape=SHAPE)
+    sampler.sample(3)
+    (plan,) = compiled._plans[net].values()
+    plan._spent = 1e6
+    sampler.sample(3)
+    wait_for(lambda: plan.refused)
+    for seed in range(3):
+        sampler.sample(3, seed=seed)
+    assert len(said(caplog)) == 1
+    assert "no space left" in said(caplog)[-1]
+    assert len(compiler.runs) == 1
