@@ -37,6 +37,11 @@ def policy() -> tuple[nn.Module, tuple[int, ...]]:
     return _filled(fd.UNet(7, rank=1, model_channels=64, channel_mult=(1, 2, 4), num_res_blocks=1)), (7, 16)
 
 
+def unet() -> tuple[nn.Module, tuple[int, ...]]:
+    """A U-Net of 1.1 million parameters for images of 16 by 16."""
+    return _filled(fd.UNet(1, model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1)), (1, 16, 16)
+
+
 def digits() -> tuple[nn.Module, tuple[int, ...]]:
     """The embedded model and its sample's shape."""
     sampler = fd.Sampler.from_pretrained("digits")

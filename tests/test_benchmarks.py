@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import bench_chain, bench_memory, bench_noise, bench_ops, bench_step, record, report
 from fastdiff import ops
+from fastdiff.chain import Program
 from fastdiff.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +103,48 @@ def test_the_count_of_states_sees_one_that_is_kept():
     after = bench_memory.states_held(callback=lambda moment: kept.append(moment.x.clone()))
     # and the preview of x0 that a callback is given
     assert after - before == pytest.approx(len(kept) + 1, abs=0.1)
+
+
+def test_a_row_costs_little_beside_its_network():
+    assert bench_chain.host_microseconds(rounds=5) <= bench_chain.MOST_HOST
+
+
+def test_what_a_row_costs_on_the_host_is_seen(monkeypatch):
+    check = Program._check_output
+
+    def slowly(*args):
+        end = time.thread_time() + 1e-4
+        while time.thread_time() < end:
+            pass
+        check(*args)
+
+    monkeypatch.setattr(Program, "_check_output", slowly)
+    assert bench_chain.host_microseconds(rounds=1) > 100
+
+
+@pytest.mark.slow
+def test_a_row_costs_the_same_in_a_long_chain():
+    assert bench_chain.row_growth() <= bench_chain.MOST_GROWTH
+
+
+@linux
+def test_a_long_chain_takes_the_memory_of_a_short_one():
+    assert bench_chain.memory_growth() <= bench_chain.MOST_MEMORY
+
+
+def test_the_products_of_a_network_are_all_found():
+    layers = [
+        torch.nn.Conv2d(2, 3, 3),
+        torch.nn.Flatten(),
+        torch.nn.Linear(12, 4),
+        torch.nn.Linear(4, 4, False),
+    ]
+    network = torch.nn.Sequential(*layers)
+    calls = bench_chain.products(lambda x, t: network(x), (1, 2, 4, 4))
+    assert len(calls) == 3
+    expected = network(torch.zeros(1, 2, 4, 4))
+    torch.testing.assert_close(calls[-1](), expected, rtol=0, atol=0)
+    assert len(bench_chain.products(lambda x, t: x * 2, (1, 2, 4, 4))) == 0
 
 
 @pytest.mark.parametrize("solver", bench_chain.SOLVERS)
