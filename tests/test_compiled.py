@@ -211,6 +211,34 @@ def test_agreement_is_rounding_and_no_more():
         compiled.agree(lambda x, t: x * float("nan"), net, batch, 10)
 
 
+class Steep(torch.nn.Module):
+    """A network of bfloat16 whose time embedding turns the rounding of an angle into anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = torch.nn.Parameter(torch.tensor([1.0, 0.37], dtype=torch.bfloat16))
+
+    def forward(self, x, t):
+        angle = t.to(self.frequencies.dtype)[:, None] * self.frequencies
+        return x + torch.sin(angle)[:, :, None, None]
+
+
+@torch.inference_mode()
+def test_a_compiled_network_may_round_less_but_not_more():
+    net, batch = Steep(), batch_of(torch.randn(3, *SHAPE, dtype=torch.bfloat16))
+    exact = copy.deepcopy(net).double()
+
+    def less(x, t, off=0.0):
+        return (exact(x.double(), t) + off).to(torch.bfloat16)
+
+    assert (less(batch.u, batch.t) - net(batch.u, batch.t)).abs().max() > 0.1
+    assert compiled.agree(less, net, batch, 4)
+    with pytest.raises(packages.Refused, match="compiled it is off"):
+        compiled.agree(lambda x, t: less(x, t, 1.5), net, batch, 4)
+    with pytest.raises(packages.Refused, match="compiled it is off"):  # what is no module has no float64
+        compiled.agree(less, lambda x, t: net(x, t), batch, 4)
+
+
 def test_outputs_of_zero_are_compared_again_when_they_say_something(compiler, monkeypatch, caplog):
     net = Net()
     monkeypatch.setattr(Loader, "spoil", 0.1)
