@@ -102,7 +102,7 @@ def die() -> None:
 
 def killed(folder: Path, kills: int) -> dict[str, Any]:
     """Run `straight` without interruption, and `run` with `kills` kills; what the children came to."""
-    import runs
+    import training_runs as runs
 
     config = replace(runs.CONFIG, steps=kills + 4, checkpoint_every=2, sample_every=2, log_every=3)
     [straight] = children([lambda: runs.trainer(folder / "straight", config).run(progress=False)])
@@ -120,8 +120,8 @@ MOMENTS_EVEN = ("in a checkpoint", "before pruning", "in a grid")
 
 def run_until(out: Path, config: Any, moment: str, step: int) -> None:
     """Begin or resume the run in `out` and be killed in step `step` (1 is the first)."""
-    import runs
     import torch
+    import training_runs as runs
 
     from fastdiff.train import trainer as module
     from fastdiff.train.log import StepLog
@@ -158,7 +158,7 @@ def run_until(out: Path, config: Any, moment: str, step: int) -> None:
 
 def full_disk(folder: Path) -> dict[str, Any]:
     """A run in which no file may grow past a few bytes from its second checkpoint on."""
-    import runs
+    import training_runs as runs
 
     def limited() -> None:
         run = runs.trainer(folder / "run")
@@ -197,8 +197,8 @@ def plain_run(
     out: Path, steps: int, resume: bool = False, data: Any = None, times: Any = None, **changes: Any
 ) -> Any:
     """A run whose losses depend on the cut of a batch in their last bits alone."""
-    import runs
     import torch
+    import training_runs as runs
 
     torch.manual_seed(1 + int(os.environ.get("RANK", 0)))  # rank 0's weights are the run's
     config = replace(runs.CONFIG, steps=steps, **changes)
@@ -208,7 +208,7 @@ def plain_run(
 
 def two_processes(folder: Path) -> dict[str, Any]:
     """Runs: alone; in two processes, of which one cannot write; begun in one way, ended in the other."""
-    import runs
+    import training_runs as runs
 
     def together(rank: int) -> None:
         if rank == 1:
@@ -245,7 +245,7 @@ def two_processes(folder: Path) -> dict[str, Any]:
 
 def processes_that_fail(folder: Path) -> dict[str, Any]:
     """What two processes say when one is killed, when the folder is taken, and when their data differ."""
-    import runs
+    import training_runs as runs
 
     def loses_one(rank: int) -> None:
         from fastdiff.train.step import Stepper
@@ -270,9 +270,9 @@ def warm_up() -> None:
     """Import all that a run imports, here and once; nothing that would start a thread."""
     import tempfile
 
-    import runs
     import torch
     import tqdm
+    import training_runs as runs
     from PIL import Image
 
     Image.init()

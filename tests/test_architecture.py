@@ -200,13 +200,13 @@ def test_files_are_short():
 
 @pytest.fixture(scope="module")
 def imports() -> list[tuple[float, list[str]]]:
-    """Five fresh processes: the seconds that fastdiff costs over torch, and the heavy modules it brought."""
+    """Five fresh processes: the processor seconds that fastdiff costs over torch, and what it brought."""
     script = f"""
 import sys, time, torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import fastdiff
-print(time.perf_counter() - start, *(set({HEAVY.split()!r}) & (set(sys.modules) - before)))
+print(time.process_time() - start, *(set({HEAVY.split()!r}) & (set(sys.modules) - before)))
 """
     runs = []
     for _ in range(5):

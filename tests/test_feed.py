@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import CONFIG, Plain, log, state, tiny_data, trainer
+from training_runs import CONFIG, Plain, log, state, tiny_data, trainer
 
 from fastdiff.train import ImageData, TrainConfig, load_data
 from fastdiff.train.augment import augmented

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import Tiny, trainer
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from training_runs import Tiny, trainer
 
 from fastdiff.train import load_data
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import log, state
+from training_runs import log, state
 
 from fastdiff.cli.options import device
 from fastdiff.train.feed import cut

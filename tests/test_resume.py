@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import chains
 import pytest
-from runs import CONFIG, log, state, trainer
+from training_runs import CONFIG, log, state, trainer
 
 from fastdiff.files import load_tensors, save_tensors
 from fastdiff.train.checkpoint import checkpoints

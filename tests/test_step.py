@@ -9,7 +9,7 @@ import chains
 import numpy as np
 import pytest
 import torch
-from runs import CONFIG, Learning, Plain, Tiny, log, state, tiny_data, trainer
+from training_runs import CONFIG, Learning, Plain, Tiny, log, state, tiny_data, trainer
 
 from fastdiff.files import load_tensors
 from fastdiff.nn import UNet

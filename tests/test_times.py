@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from chains import one_thread
-from runs import CONFIG, log, state, trainer
+from training_runs import CONFIG, log, state, trainer
 
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import Objective, draws

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import CONFIG, Tiny, log, state, tiny_data, trainer
 from torch import nn
+from training_runs import CONFIG, Tiny, log, state, tiny_data, trainer
 
 from fastdiff.nn import UNet, load_config
 from fastdiff.schedule import NoiseSchedule

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 from fastdiff.levels import NoiseLevels
 from fastdiff.solvers.forms import X0, Form, Register, Row, X
@@ -40,7 +41,8 @@ def unipc(levels: NoiseLevels, *, order: int = 3) -> Iterator[Row]:
         nodes = history[: min(order, left) - 1]
         r = [(lam - now.lam) / h for lam, _ in nodes]
         changes = [(m - X0) * (weight / r_i) for r_i, (_, m) in zip(r, nodes, strict=True)]
-        goal = [math.factorial(k) * phi(k + 1, -h) / phi(1, -h) for k in range(1, len(r) + 2)]
+        first = phi(1, -h)
+        goal = [math.factorial(k) * phi(k + 1, -h) / first for k in range(1, len(r) + 2)]
         predictor = [0.5] if len(r) == 1 else _fit(r, goal)
         corrector = _fit([*r, 1.0], goal) if r else [0.5]
         known, share, newest = Register(), weight * corrector[-1], Register()
@@ -56,13 +58,16 @@ def _add(x: Form, rho: list[float], changes: list[Form]) -> Form:
 
 
 def _fit(r: list[float], goal: list[float]) -> list[float]:
-    """rho with sum_i rho_i r_i^(k-1) = goal_k: the Lagrange polynomials of r, with goal for powers."""
+    """rho with sum_i rho_i r_i^(k-1) = goal_k: the Lagrange polynomials of r, with goal for powers.
+
+    A factor (w - r_j) of a polynomial makes goal_{k+1} - r_j goal_k of the goals.
+    """
     rho = []
-    for i, r_i in enumerate(r):
-        polynomial = [1.0]
-        for j, r_j in enumerate(r):
-            if j != i:
-                raised, kept = [0.0, *polynomial], [*polynomial, 0.0]
-                polynomial = [(a - r_j * b) / (r_i - r_j) for a, b in zip(raised, kept, strict=True)]
-        rho.append(sum(c * g for c, g in zip(polynomial, goal, strict=False)))
+    for r_i in r:
+        left, scale = goal, 1.0
+        for r_j in r:
+            if r_j != r_i:
+                left = [after - r_j * here for here, after in pairwise(left)]
+                scale *= r_i - r_j
+        rho.append(left[0] / scale)
     return rho
