@@ -20,7 +20,7 @@ from fastdiff import ops
 from fastdiff._dispatch import bound_reverse_step
 from fastdiff.editing import Ending
 from fastdiff.lanes import Lanes
-from fastdiff.nn import EmbeddingTable, RowTimes, UNet, embedding_table, prediction_of
+from fastdiff.nn import EmbeddingTable, RowTimes, embedding_table, prediction_of
 from fastdiff.table import SamplingTable
 
 # one step of a batch: its row, and the noise to use in place of what the operator draws
@@ -105,8 +105,8 @@ class Program:
         self.dtype = dtype
         self._packed = table.pack(device, endings=endings)
         whole = bool((table.t == table.t.round()).all())
-        self._times: list[Any] = [int(t) if whole else float(t) for t in table.t]
-        self._row_times = RowTimes(self._times, device, torch.int64 if whole else torch.float32)
+        self._times = RowTimes(table.t.tolist(), device, torch.int64 if whole else torch.float32)
+        self._time_of = [int(t) if whole else float(t) for t in table.t]
         self._reads_noise = (table.from_noise != 0).any(axis=1).tolist()
         self._feeds_state = dtype == torch.float32 and bool((table.c_in == 1).all())
 
@@ -136,7 +136,7 @@ class Program:
             if registers
             else None,
             u=u,
-            t=torch.full((len(u),), self._times[0], dtype=self._row_times.dtype, device=self.device),
+            t=torch.full((len(u),), self._time_of[0], dtype=self._times.dtype, device=self.device),
             row=self._packed.start(num),
             seed=seed,
             sample_id=ids,
@@ -168,26 +168,25 @@ class Program:
             ValueError: (the step) an output that does not fit the table, before the update.
         """
         # what is the same in every row is looked up once: a step of a small network on a CPU is short
-        times, given, shape, table = self._times, batch.cond, batch.u.shape, batch.embedding
+        times, cond, shape, table = self._time_of, batch.cond, batch.u.shape, batch.embedding
         bound = None
         if batch.x.device.type == "cpu":
             lanes, channels, *rest = shape
             like = batch.u.new_empty(lanes, (1 + self.table.learned) * channels, *rest)
             bound = bound_reverse_step(*self._operands(batch, like, None))
-            row, t = batch.row.numpy(), batch.t.numpy()
+            rows, lane_times = batch.row.numpy(), batch.t.numpy()
 
-        def step(i: int, noise: torch.Tensor | None) -> None:
+        def step(row: int, noise: torch.Tensor | None) -> None:
             if bound is None:
-                batch.row.fill_(i)
-                batch.t.fill_(times[i])
+                batch.row.fill_(row)
+                batch.t.fill_(times[row])
             else:
-                row[...] = i
-                t[...] = times[i]
+                rows[...] = row
+                lane_times[...] = times[row]
             if table is None:
-                out = prediction_of(model(batch.u, batch.t, **given))
+                out = prediction_of(model(batch.u, batch.t, **cond))
             else:
-                assert isinstance(model, UNet)
-                out = model.forward_embedded(batch.u, table.at(i))
+                out = model.forward_embedded(batch.u, table.at(row))  # type: ignore[attr-defined]
             self._check_output(out, shape)
             if bound is None or not bound(out, noise):
                 torch.ops.fastdiff.reverse_step_(*self._operands(batch, out, noise))
@@ -211,7 +210,7 @@ class Program:
 
     def tabulate(self, model: Callable[..., Any], batch: Batch) -> None:
         """Let the steps of a batch find what depends on time and class alone in a table, where one fits."""
-        batch.embedding = embedding_table(model, self._row_times, batch.cond)
+        batch.embedding = embedding_table(model, self._times, batch.cond)
 
     def advance(self, batch: Batch) -> None:
         """Every sample to its next row, on the device."""

@@ -8,6 +8,7 @@ layouts of weights. Before its first use its outputs are compared with the netwo
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
@@ -27,7 +28,7 @@ from fastdiff.packages import Package, Refused
 Network = Callable[..., Any]
 Inputs = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 # What compiling costs, and the part of an eager network's time that it saves: measured on two cores, 17 to
-# 43 s and 0.4 to 0.5 for an MLP and U-Nets of 1 to 4 million parameters. A package on disk costs an export.
+# 43 s and 0.4 to 0.5 for an MLP and U-Nets of 1 to 4 million parameters. One on disk costs an export at most.
 _SECONDS_TO_COMPILE = 30.0
 _SECONDS_TO_EXPORT = 2.0
 _SHARE_SAVED = 0.3
@@ -65,6 +66,7 @@ class Plan:
         self._anatomy: Anatomy | None = None
         self._made: Package | None = None
         self._verified = False
+        self._assume = True
         self._changes = 0
         self._thread: threading.Thread | None = None
         self._refused = ""
@@ -90,17 +92,32 @@ class Plan:
                 if self._made is None:
                     if not wait:
                         return None
-                    self._made = made(packages.structure_copy(model), example(batch), aside=False)
-                    self._anatomy = now
-                package = self._made
-                tensors = dict(tensors_of(model))
-                if not package.reads(tensors):
-                    package.lend(tensors)
-                self._verified = self._verified or agree(package, model, batch, package.operations)
-                return package if self._verified else None
+                    self._made, self._anatomy = self._make(model, batch), now
+                try:
+                    return self._checked(self._made, model, batch)
+                except Refused:
+                    if not self._made.assumed:
+                        raise
+                    # an outline said too little of this network: by its graph, then
+                    self._made, self._assume = None, False
+                    if not wait:
+                        return None
+                    self._made = self._make(model, batch)
+                    return self._checked(self._made, model, batch)
             except (Refused, OSError) as error:
                 self._refuse(str(error))
                 return None
+
+    def _make(self, model: torch.nn.Module, batch: Batch) -> Package:
+        return made(packages.structure_copy(model), example(batch), aside=False, assume=self._assume)
+
+    def _checked(self, package: Package, model: torch.nn.Module, batch: Batch) -> Network | None:
+        """The package on the network's present weights, once it is known to agree with the network."""
+        tensors = dict(tensors_of(model))
+        if not package.reads(tensors):
+            package.lend(tensors)
+        self._verified = self._verified or agree(package, model, batch, package.operations)
+        return package if self._verified else None
 
     def ran(self, seconds: float, model: torch.nn.Module, batch: Batch) -> None:
         """Note what an eager chain took; start compiling where that has become worth it."""
@@ -113,7 +130,7 @@ class Plan:
             saved = _SHARE_SAVED * self._spent
             if saved < _SECONDS_TO_EXPORT:
                 return
-            if saved < _SECONDS_TO_COMPILE and not packages.is_cached(packages.outline(model, *inputs)):
+            if saved < _SECONDS_TO_COMPILE and not packages.cached(packages.outline(model, *inputs)[0]):
                 return
             try:
                 arguments = (packages.structure_copy(model), inputs, Anatomy(model))
@@ -128,7 +145,7 @@ class Plan:
     def _make_aside(self, duplicate: torch.nn.Module, inputs: Inputs, anatomy: Anatomy) -> None:
         """In a thread: chains that run meanwhile are eager."""
         try:
-            found = made(duplicate, inputs, aside=True)
+            found = made(duplicate, inputs, aside=True, assume=self._assume)
         except (Refused, OSError) as error:
             with self._lock:
                 self._refuse(str(error))
@@ -154,21 +171,27 @@ def example(batch: Batch) -> Inputs:
     return u, t, {name: torch.empty(a.shape, dtype=a.dtype, device="meta") for name, a in batch.cond.items()}
 
 
-def made(duplicate: torch.nn.Module, inputs: Inputs, aside: bool) -> Package:
-    """Export a network's copy, compile it where its package is not in the cache yet, and load that.
+def made(duplicate: torch.nn.Module, inputs: Inputs, aside: bool, assume: bool) -> Package:
+    """Load a network's package, or export its copy and compile that where the cache has none yet.
 
     Args:
         aside: nobody waits for it.
+        assume: take the package that the network's outline leads to, without exporting.
     Raises:
         Refused: it cannot be.
         OSError: the cache's file belongs to another user.
     """
+    beginning, is_exact = packages.outline(duplicate, *inputs)
+    found = packages.cached(beginning) if assume and is_exact else []
+    if len(found) == 1:
+        with contextlib.suppress(Refused):  # damaged: it is made anew
+            return Package(found[0], assumed=True)
     exported = packages.export(duplicate, *inputs)
     try:
-        return Package(exported)
+        return Package(exported.path)
     except Refused:  # not there, or damaged
         packages.build(exported, aside)
-        return Package(exported)
+        return Package(exported.path)
 
 
 def agree(compiled: Network, model: torch.nn.Module, batch: Batch, operations: int) -> bool:

@@ -77,8 +77,9 @@ class Execution:
                 with captured.steps(batch) as running:
                     yield running
                 return
+        if network is None:
+            program.tabulate(model, batch)
         start = time.perf_counter()
-        program.tabulate(evaluated, batch)
         yield program.stepper(evaluated, batch), batch
         if plan is not None and network is None and not now:
             plan.ran(time.perf_counter() - start, model, batch)

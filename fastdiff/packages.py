@@ -4,6 +4,7 @@ torch.export writes the network down as a graph, AOTInductor compiles that in a 
 neither the interpreter's lock nor torch's global settings are held meanwhile, and the package lies in the
 cache of the C++ kernels (FASTDIFF_CACHE). Its name is a digest of what the code depends on: graph, shapes and
 strides, torch, settings, compiler, processor. Weights are not in it: the caller lends them (`Package.lend`).
+Another process finds it without exporting, by what the graph follows from: classes, settings, source files.
 
     python -m fastdiff.packages PROGRAM PACKAGE CONFIG        the compiling process
 """
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.anatomy import tensors_of
+from fastdiff.anatomy import description, tensors_of
 from fastdiff.kernels import _cache
 from fastdiff.nn import prediction_of
 
@@ -57,14 +58,12 @@ class Exported:
 
     Attributes:
         program: torch's `ExportedProgram`.
-        path: where its package belongs.
-        operations: how many the graph has.
+        path: where its package belongs; its name ends with the number of operations.
         config: Inductor's settings.
     """
 
     program: Any
     path: Path
-    operations: int
     config: Mapping[str, Any]
 
 
@@ -90,12 +89,14 @@ def structure_copy(network: torch.nn.Module) -> torch.nn.Module:
         raise Refused(f"it cannot be copied: {_first_line(error)}") from error
 
 
-def outline(network: torch.nn.Module, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> str:
-    """The beginning of the package's name, known without exporting: kinds and shapes, no graph."""
-    kinds = [f"{type(m).__module__}.{type(m).__qualname__}" for m in network.modules()]
+def outline(network: torch.nn.Module, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> tuple[str, bool]:
+    """The beginning of the package's name, known without exporting, and whether the graph follows from it."""
+    known = description(network)
+    kinds = known or [type(module).__qualname__ for module in network.modules()]
     shapes = [_described(name, tensor) for name, tensor in (*tensors_of(network), ("x", x), ("t", t))]
     given = [_described(name, tensor) for name, tensor in sorted(cond.items())]
-    return _cache.digest(*kinds, *shapes, *given, *_circumstances())[:12]
+    name = _cache.digest(*kinds, *shapes, *given, str(torch.get_num_threads()), *_circumstances())
+    return name[:12], known is not None
 
 
 def has_compiler() -> bool:
@@ -103,9 +104,9 @@ def has_compiler() -> bool:
     return _cache.compiler() is not None
 
 
-def is_cached(beginning: str) -> bool:
-    """Whether some package of that outline is there."""
-    return next(_cache.folder().glob(f"step-{beginning}-*.pt2"), None) is not None
+def cached(beginning: str) -> list[Path]:
+    """The packages whose name begins so."""
+    return sorted(_cache.folder().glob(f"step-{beginning}-*.pt2"))
 
 
 def export(network: torch.nn.Module, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Exported:
@@ -117,7 +118,7 @@ def export(network: torch.nn.Module, x: Tensor, t: Tensor, cond: Mapping[str, Te
     Raises:
         Refused: torch.export cannot follow the network, or what it does is not a function of its input.
     """
-    beginning = outline(network, x, t, cond)
+    beginning, _ = outline(network, x, t, cond)
     # tensors of an inference mode cannot be traced
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -148,16 +149,10 @@ def export(network: torch.nn.Module, x: Tensor, t: Tensor, cond: Mapping[str, Te
         "freezing": False,
         "cpp.threads": torch.get_num_threads(),
     }
-    parts = (
-        str(program.graph),
-        str(program.graph_signature),
-        *inputs,
-        json.dumps(config),
-        *_circumstances(),
-    )
-    path = _cache.folder() / f"step-{beginning}-{_cache.digest(*parts)}.pt2"
+    parts = (str(program.graph), str(program.graph_signature), *inputs, json.dumps(config))
+    name = _cache.digest(*parts, *_circumstances())
     operations = sum(node.op == "call_function" for node in program.graph.nodes)
-    return Exported(program, path, operations, config)
+    return Exported(program, _cache.folder() / f"step-{beginning}-{name}-{operations}.pt2", config)
 
 
 def _writes_to_inputs(graph: Any) -> bool:
@@ -246,7 +241,8 @@ class Package:
     """A loaded package: the network as `package(x, t, **cond)`, on weights that the caller keeps.
 
     Args:
-        exported: the graph whose package is in the cache.
+        path: in the cache.
+        assumed: that it is the network's follows from an outline, and not from its graph.
     Attributes:
         operations: how many the graph has.
     Raises:
@@ -254,19 +250,20 @@ class Package:
         OSError: it belongs to another user.
     """
 
-    def __init__(self, exported: Exported) -> None:
-        if not _cache.intact(exported.path):
-            raise Refused(f"{exported.path} is damaged")
+    def __init__(self, path: Path, assumed: bool = False) -> None:
+        if not _cache.intact(path):
+            raise Refused(f"{path} is damaged")
         try:
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(exported.path), "model", False, 1, -1)
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
         except RuntimeError as error:
             raise Refused(f"its package cannot be loaded: {_first_line(error)}") from error
-        _cache.used(exported.path)
+        _cache.used(path)
         self._load: Callable[..., None] = loader.load_constants
         self._run: Callable[[list[Tensor]], list[Tensor]] = loader.run
         self._lock = threading.Lock()
         self._needed = loader.get_constant_fqns()
-        self.operations = exported.operations
+        self.operations = int(path.stem.rpartition("-")[2])
+        self.assumed = assumed
         self._lent: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}
 

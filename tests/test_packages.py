@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import stat
+import sys
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from package_stand_in import Net, assert_same, both, refuse_to_compile, said, st
 
 import fastdiff as fd
 from fastdiff import compiled, packages
+from fastdiff.anatomy import description
 from fastdiff.kernels import _cache
 
 compiler = pytest.fixture(stand_ins)
@@ -27,6 +32,72 @@ def test_a_package_is_found_by_the_next_process_and_is_private(compiler):
     files = list(_cache.folder().glob("step-*"))
     assert sorted(path.suffix for path in files) == [".pt2", ".sha256"]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+def test_the_next_process_does_not_export(compiler, monkeypatch):
+    assert_same(both(Net()))
+    compiled._plans.clear()
+    monkeypatch.setattr(packages, "export", refuse_to_compile)
+    assert_same(both(Net()))
+
+
+class Reading(Net):
+    """A network that reads a variable that no outline knows."""
+
+    factor: ClassVar = 1.0
+
+    def forward(self, x, t):
+        return super().forward(x, t) * self.factor
+
+
+def test_a_package_that_an_outline_misled_to_is_replaced_by_its_graphs(compiler, monkeypatch):
+    assert_same(both(Reading()))
+    compiled._plans.clear()
+    monkeypatch.setattr(Reading, "factor", 0.5)
+    assert_same(both(Reading()))
+    assert len(compiler.runs) == 2
+    compiled._plans.clear()
+    assert_same(both(Reading()))  # two packages of one outline: by its graph
+    assert len(compiler.runs) == 2
+
+
+def test_a_description_names_what_a_graph_follows_from(tmp_path, monkeypatch):
+    def layer(gain: float) -> torch.nn.Module:
+        return importlib.import_module("made_layer").Layer(gain)
+
+    source = "import torch, made_helper\nclass Layer(torch.nn.Module):\n    def __init__(self, gain):\n"
+    source += "        super().__init__()\n        self.gain, self.act = gain, torch.nn.functional.silu\n"
+    helper = "class Helper:\n    def __init__(self, size):\n        self.size = size\n"
+    (tmp_path / "made_layer.py").write_text(source)
+    (tmp_path / "made_helper.py").write_text(helper)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plain = description(layer(1.0))
+    assert plain is not None
+    assert description(layer(1.0)) == plain
+    assert description(layer(2.0)) != plain
+    (tmp_path / "made_helper.py").write_text(helper + "FACTOR = 2\n")
+    assert description(layer(1.0)) != plain, "a file that the layer's file imports"
+    (tmp_path / "made_helper.py").write_text(helper)
+    assert description(layer(1.0)) == plain
+    net = layer(1.0)
+    net.helper = importlib.import_module("made_helper").Helper(3)
+    described = description(net)
+    assert described is not None
+    net.helper.size = 4
+    assert description(net) not in (described, None)
+    for change in ("hook", "function", "partial", "object", "no file"):
+        net = layer(1.0)
+        if change == "hook":
+            net.register_forward_hook(lambda module, args, out: out)
+        elif change == "function":
+            net.act = lambda x: x
+        elif change == "partial":
+            net.act = functools.partial(torch.nn.functional.silu, inplace=True)
+        elif change == "object":
+            net.thing = threading.Lock()
+        else:
+            monkeypatch.delattr(sys.modules["made_helper"], "__file__")
+        assert description(net) is None, change
 
 
 @pytest.mark.parametrize("damage", ["truncated", "digest lost"])
