@@ -155,7 +155,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, layout: Any, *operands: Any) -> torch.Tensor:
         *tensors, ctx.groups, ctx.eps, ctx.activation = operands
         ctx.layout = layout
-        mean, rstd = (torch.empty(layout[0][0], ctx.groups) for _ in range(2))
+        mean, rstd = (_room(layout[0][0], ctx.groups) for _ in range(2))
         y = _forward(layout, operands, mean, rstd)
         ctx.save_for_backward(mean, rstd, *tensors)
         return y
@@ -172,7 +172,7 @@ class _Differentiable(torch.autograd.Function):
         v, grad = _v(x, residual), grad.float()
         if grad.stride() != v.stride():
             grad = torch.empty_like(v).copy_(grad)
-        grad_x, sums = torch.empty_like(v), torch.empty(2, *x.shape[:2])
+        grad_x, sums = torch.empty_like(v), _room(2, *x.shape[:2])
         sizes, is_last = ctx.layout
         options = (ctx.groups, ctx.eps, ctx.activation, is_last)
         tensors = (None, mean, rstd, v, *_float32(vectors))
@@ -209,6 +209,11 @@ def only_once(found: tuple[Vector, ...]) -> tuple[Vector, ...]:
     refuse: Any = torch._C._functions.DelayedError(message, len(given))
     again: tuple[Vector, ...] = refuse(*given)
     return again
+
+
+def _room(*shape: int) -> torch.Tensor:
+    """What the compiled loop writes by its address, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _v(x: torch.Tensor, residual: Vector) -> torch.Tensor:

@@ -131,14 +131,14 @@ def denoising_loss_torch(f: Loss) -> None:
         return
     native = cpu.library() if f.out.device.type == "cpu" else None
     if native is None:
-        error = f.out[:, :n].float() - _target(f, torch.empty(batch, n, device=f.out.device), q_sample_torch)
+        error = f.out[:, :n].float() - _target(f, torch.empty_like(f.x0), q_sample_torch)
         _finish(f, error.square().sum(1, keepdim=True, dtype=torch.float64))
         if f.grad is not None:
             scale = 2.0 / n if f.weight is None else (2.0 / n * f.weight)[:, None]
             f.grad.copy_(error.mul_(scale))
         return
     grad = f.grad if f.grad is None or f.grad.dtype == torch.float32 else torch.empty_like(f.x0)
-    sums = torch.empty(batch, native.fd_blocks(c_int64(n)), dtype=torch.float64)
+    sums = torch.empty(batch, native.fd_blocks(c_int64(n)), dtype=torch.float64, device="cpu")
     out = f.out if f.out.dtype == torch.float32 else f.out[:, :n].float()
     tensors = (sums, grad, out, f.x0, f.noise, f.alpha_sigma, f.t, f.weight)
     native.fd_denoising_loss(
@@ -153,8 +153,8 @@ def denoising_loss_torch(f: Loss) -> None:
 def denoising_loss_reference(f: Loss) -> None:
     """The formula in float64; loss and grad may be float64."""
     batch, n = f.x0.shape
-    error = f.out[:, :n].double() - _target(f, torch.empty(batch, n, dtype=torch.float64), q_sample_reference)
-    weight = torch.ones(batch, 1) if f.weight is None else f.weight[:, None]
+    error = f.out[:, :n].double() - _target(f, torch.empty_like(f.x0, dtype=torch.float64), q_sample_reference)
+    weight = f.loss.new_ones(batch, 1) if f.weight is None else f.weight[:, None]
     f.loss.copy_((weight.double() * error.square()).sum(1) / max(n, 1))
     if f.grad is not None:
         f.grad.copy_(2 * weight.double() * error / n)
