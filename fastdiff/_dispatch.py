@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -47,6 +48,7 @@ _library.define(
     "Tensor? uncond_lane, Tensor(c!)? lane_row) -> ()"
 )
 _said: set[str] = set()
+_Half = tuple[torch.Tensor, torch.Tensor]
 
 
 def _run(name: str, device: torch.device, *operands: Any, backend: str | None = None) -> None:
@@ -193,32 +195,45 @@ def _denoising_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch
     if not inputs[-1]:
         raise RuntimeError("denoising_loss was run with with_grad=False, so it has no gradient")
     ctx.is_learned = inputs[0].shape != inputs[1].shape
+    ctx.numel = math.prod(inputs[1].shape[1:])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or the engine fills a tensor of out's size with zeros
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[8])
 
 
 def _denoising_loss_backward(
     ctx: Any, grad_loss: torch.Tensor | None, _: None
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradient that the loss's own pass has left, times each sample's."""
+    """The error that the loss's own pass has left, times each sample's factor, which float32 holds."""
+    from fastdiff.kernels.denoising_loss import factor
+
     if grad_loss is None:
         return (None,) * 11
-    (grad,) = ctx.saved_tensors
-    return _halves((grad, None) if ctx.is_learned else (grad,), grad_loss), *[None] * 10
+    error, weight = ctx.saved_tensors
+    prediction = (error, factor(ctx.numel, weight) * grad_loss)
+    return _halves(prediction, None, is_learned=ctx.is_learned), *[None] * 10
 
 
-def _halves(halves: tuple[torch.Tensor | None, ...], each: torch.Tensor) -> torch.Tensor:
-    """The gradient of a network's output from those of its prediction and its variance; None for 0."""
-    (like, *_) = (g for g in halves if g is not None)
-    if len(halves) == 1:
-        return _times_each(like, each)
+def _halves(prediction: _Half | None, variance: _Half | None, *, is_learned: bool) -> torch.Tensor:
+    """The gradient of a network's output from its prediction's and its variance's; None for 0.
+
+    Each is what the forward pass has saved, and [B] numbers that it is to be multiplied by.
+    """
+    if not is_learned:
+        assert prediction is not None
+        return _times_each(*prediction)
+    like = (prediction or variance)[0]  # type: ignore[index]
     shape = (like.shape[0], 2 * like.shape[1], *like.shape[2:])
     grad = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    for part, half in zip(grad.chunk(2, 1), halves, strict=True):
+    for part, half in zip(grad.chunk(2, 1), (prediction, variance), strict=True):
         if half is not None:
-            torch.mul(half, each.view(-1, *[1] * (half.dim() - 1)), out=part)
+            torch.mul(half[0], _each(*half), out=part)
     return grad
+
+
+def _each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
+    """One number for each sample, as it meets the samples."""
+    return each.view(-1, *[1] * (saved.dim() - 1))
 
 
 def _times_each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
@@ -227,7 +242,7 @@ def _times_each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
     In its own memory where the graph is not kept for another pass, so that training holds it once; a tracer,
     which gives tensors of its own types, plans memory itself.
     """
-    each = each.view(-1, *[1] * (saved.dim() - 1))
+    each = _each(saved, each)
     is_needed_again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
     if is_needed_again or type(saved) is not torch.Tensor:
         return (saved * each).to(saved.dtype)
@@ -259,24 +274,28 @@ def _vlb_terms_fake(
 
 
 def _vlb_terms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x0, _, out, _, _, ctx.grad_mean, ctx.grad_v = inputs
+    x0, _, out, coef, t, ctx.grad_mean, ctx.grad_v = inputs
     if not (ctx.grad_mean or ctx.grad_v):
         raise RuntimeError("vlb_terms was run without gradients, so it has none")
-    ctx.is_learned = x0.shape != out.shape
+    ctx.is_learned, ctx.numel = x0.shape != out.shape, math.prod(x0.shape[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:], coef, t)
 
 
 def _vlb_terms_backward(
     ctx: Any, grad_vlb: torch.Tensor | None, _mean: None, _v: None
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients that the forward pass has left, times each sample's; 0 for a half that is detached."""
+    """What the forward pass has left, times each sample's factors; 0 for a half that is detached."""
+    from fastdiff.kernels.vlb import factors
+
     if grad_vlb is None:
         return (None,) * 7
-    mean, v = ctx.saved_tensors
-    halves = (mean if ctx.grad_mean else None, v if ctx.grad_v else None)
-    return None, None, _halves(halves if ctx.is_learned else halves[:1], grad_vlb), *[None] * 4
+    *saved, coef, t = ctx.saved_tensors
+    each = (factor * grad_vlb for factor in factors(coef, t, ctx.numel))
+    halves = zip(saved, each, (ctx.grad_mean, ctx.grad_v), strict=True)
+    mean, v = ((half, by) if wanted else None for half, by, wanted in halves)
+    return None, None, _halves(mean, v, is_learned=ctx.is_learned), *[None] * 4
 
 
 def _reverse_step(*operands: Any) -> None:

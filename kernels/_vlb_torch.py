@@ -33,9 +33,8 @@ def few_samples(f: Terms) -> None:
         gap = share * row[GAP_AT_MAX] + (1.0 - share) * gap
     gap = gap.clamp(max=EXP_HI).expand_as(error)
     power, less = gap.exp(), gap.expm1()
-    m = row[MEAN_WEIGHT] * error
-    square = power * m.square()
-    term, by_gap, by_x0 = 0.5 * (less - gap + square), 0.5 * (less + square), -(power * m) * row[MEAN_WEIGHT]
+    square = power * (row[MEAN_WEIGHT] * error).square()
+    term, by_gap, by_x0 = 0.5 * (less - gap + square), 0.5 * (less + square), -(power * error)
     if first.any():
         at = first.squeeze(1)
         found = _discretised(f.x0[at], error[at], gap[at], row[MEAN_WEIGHT][at])
@@ -44,16 +43,28 @@ def few_samples(f: Terms) -> None:
     f.vlb.copy_(term.sum(1) * (BITS / n))
     if f.grad_mean is not None:
         passed = (raw >= row[CLIP_LO]) & (raw <= row[CLIP_HI])
-        f.grad_mean.copy_(by_x0.mul_(row[X0_FROM_OUT] * (BITS / n)).mul_(passed))
+        f.grad_mean.copy_(by_x0.mul_(passed))
     if f.grad_v is not None:
-        f.grad_v.copy_(by_gap.mul_((row[GAP_AT_MAX] - row[GAP_AT_MIN]) * (0.5 * BITS / n)))
+        f.grad_v.copy_(by_gap.div_(row[MEAN_WEIGHT].clamp(min=1.0)))
+
+
+def factors(coef: torch.Tensor, t: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the terms over grad_mean and grad_v as `Terms` holds them, [B] each.
+
+    Without them both have a size near 1, whatever the time and the image's size: float16 holds them.
+    """
+    row = coef[t.clamp(0, coef.shape[0] - 1)]
+    weight, gap = row[:, MEAN_WEIGHT], row[:, GAP_AT_MAX] - row[:, GAP_AT_MIN]
+    bits = BITS / max(n, 1)
+    return row[:, X0_FROM_OUT] * weight.square() * bits, gap * weight.clamp(min=1.0) * (0.5 * bits)
 
 
 def _discretised(
     x0: torch.Tensor, error: torch.Tensor, gap: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A term at t = 0 in nats, and its derivatives by gap and by x0_hat."""
-    k = weight * (0.5 * gap).exp()
+    """A term at t = 0 in nats, and its derivatives by gap and, over weight^2, by x0_hat."""
+    root = (0.5 * gap).exp()
+    k = weight * root
     a, b = k * (error + HALF_BIN), k * (error - HALF_BIN)
     aa, bb = CUBIC * a.square(), CUBIC * b.square()
     span = 2 * HALF_BIN * k
@@ -67,7 +78,7 @@ def _discretised(
     s_y = torch.expm1(y).reciprocal().where(~bounded, 0.0)
     rise_p, rise_q = SLOPE + 3.0 * aa, SLOPE + 3.0 * bb
     by_log_k = s_p * (a * rise_p) - s_q * (b * rise_q) + s_y * (span * (SLOPE + 3.0 * bend))
-    by_error = k * (s_p * rise_p - s_q * rise_q + s_y * (span * (6.0 * CUBIC * (k * error))))
+    by_error = (root / weight) * (s_p * rise_p - s_q * rise_q + s_y * (span * (6.0 * CUBIC * (k * error))))
     least = probability < LEAST
     return (
         -probability.clamp(min=LEAST).log(),

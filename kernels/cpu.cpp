@@ -142,9 +142,9 @@ void fd_q_sample(float* x_t, float* target, const float* x0, const float* noise,
 // blocks of a sample of n elements: the sums that fd_denoising_loss leaves for each
 int fd_blocks(int64_t n) { return (int)((n + BLOCK - 1) / BLOCK); }
 
-// sums: [batch, fd_blocks(n)]; out: [batch, lane] with lane = n or 2n; grad, noise, weight or null
-void fd_denoising_loss(double* sums, float* grad, const float* out, const float* x0, const float* noise, const float* alpha_sigma,
-                       const int64_t* t, const float* weight, const int64_t* seed, const int64_t* sample_id, const int64_t* draw,
+// sums: [batch, fd_blocks(n)]; out: [batch, lane] with lane = n or 2n; errors, noise or null
+void fd_denoising_loss(double* sums, float* errors, const float* out, const float* x0, const float* noise, const float* alpha_sigma,
+                       const int64_t* t, const int64_t* seed, const int64_t* sample_id, const int64_t* draw,
                        int64_t batch, int64_t n, int64_t lane, int64_t levels, int kind, int threads) {
   const int64_t chunks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
@@ -165,10 +165,7 @@ void fd_denoising_loss(double* sums, float* grad, const float* out, const float*
     for (int i = count / 16 * 16; i < count; i++) total += error[i] * error[i];
     for (int k = 0; k < 16; k++) total += part[k];
     sums[task] = total;
-    if (grad) {
-      const float scale = (float)(2.0 / (double)n) * (weight ? weight[b] : 1.0f);
-      for (int i = 0; i < count; i++) grad[base + i] = scale * error[i];
-    }
+    if (errors) std::copy(error, error + count, errors + base);
   }
 }
 

@@ -1,10 +1,11 @@
-"""The denoising loss and its gradient in one pass over the network's output; its noise is drawn again.
+"""The denoising loss and its error in one pass over the network's output; its noise is drawn again.
 
     loss_b = w_b / N sum_i (out_i - target_i)^2,    d loss_b / d out_i = 2 w_b / N (out_i - target_i)
     target: eps = z,  v = alpha_t z - sigma_t x_0,  x0 = x_0;   z = normal(seed, sample_id, draw, i), domain 2
 
 The target has the bits of q_sample's, so a loss over stored noise differs in the order of its sum alone. Each
-program leaves the sum over its block; their sum over a sample is taken in a fixed order.
+program leaves the sum over its block; their sum over a sample is taken in a fixed order. The error stays
+without its factor 2 w_b / N, which at the size of an image would take a float16 gradient below its range.
 
 Source: Ho et al. 2020, eq. 14; Salimans and Ho 2022 (v and its weights).
 """
@@ -30,7 +31,8 @@ class Loss(NamedTuple):
 
     Attributes:
         loss: [B] float32. Overwritten.
-        grad: [B, N] of out's dtype, dense, or None where nobody wants it. Overwritten.
+        error: [B, N] of out's dtype, dense: out - target, the gradient but for its `factor`; None where
+            nobody wants it. Overwritten.
         out: [B, N] or [B, 2N] float32, bfloat16 or float16, dense: the network's prediction, which may be
             followed by a variance, which is not read.
         x0: [B, N] float32, dense. Not read where the target is eps.
@@ -43,7 +45,7 @@ class Loss(NamedTuple):
     """
 
     loss: torch.Tensor
-    grad: torch.Tensor | None
+    error: torch.Tensor | None
     out: torch.Tensor
     x0: torch.Tensor
     alpha_sigma: torch.Tensor
@@ -56,21 +58,23 @@ class Loss(NamedTuple):
     noise: torch.Tensor | None = None
 
 
+def factor(n: int, weight: torch.Tensor | None) -> torch.Tensor | float:
+    """The loss's gradient over the error: one number, or [B]."""
+    return 2.0 / max(n, 1) if weight is None else weight * (2.0 / max(n, 1))
+
+
 @jit
 def _denoising_loss_kernel(
-    sum_ptr, grad_ptr, out_ptr, x0_ptr, alpha_sigma_ptr, t_ptr, weight_ptr, seed_ptr, sample_id_ptr, draw_ptr,
+    sum_ptr, error_ptr, out_ptr, x0_ptr, alpha_sigma_ptr, t_ptr, seed_ptr, sample_id_ptr, draw_ptr,
     noise_ptr, levels, n,
-    KIND: tl.constexpr, LEARNED: tl.constexpr, GRAD: tl.constexpr, WEIGHTED: tl.constexpr,
-    GIVEN_NOISE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    KIND: tl.constexpr, LEARNED: tl.constexpr, ERROR: tl.constexpr, GIVEN_NOISE: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     level = tl.load(t_ptr + b)
     level = tl.minimum(tl.maximum(level, 0), levels - 1)
     alpha = tl.load(alpha_sigma_ptr + 2 * level)
     sigma = tl.load(alpha_sigma_ptr + 2 * level + 1)
-    scale = 2.0 / n
-    if WEIGHTED:
-        scale = scale * tl.load(weight_ptr + b)
     offset = tl.arange(0, BLOCK)
     start = first_element(BLOCK)
     inside = offset < n - start
@@ -100,8 +104,8 @@ def _denoising_loss_kernel(
     program = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
     programs = tl.num_programs(1) * tl.num_programs(2)
     tl.store(sum_ptr + b * programs + program, tl.sum(error * error, 0))
-    if GRAD:
-        tl.store(grad_ptr + own + offset, (scale * error).to(grad_ptr.dtype.element_ty), mask=inside)
+    if ERROR:
+        tl.store(error_ptr + own + offset, error.to(error_ptr.dtype.element_ty), mask=inside)
 
 
 def denoising_loss_triton(f: Loss) -> None:
@@ -113,17 +117,17 @@ def denoising_loss_triton(f: Loss) -> None:
     grid, options = cut(batch, n, f.out)
     sums = torch.empty(batch, grid[1] * grid[2], dtype=torch.float32, device=f.out.device)
     _denoising_loss_kernel[grid](
-        sums, f.grad, f.out, f.x0, f.alpha_sigma, f.t, f.weight, f.seed, f.sample_id, f.draw, f.noise,
-        f.alpha_sigma.shape[0], n, KIND=f.kind, LEARNED=f.out.shape[1] != n, GRAD=f.grad is not None,
-        WEIGHTED=f.weight is not None, GIVEN_NOISE=f.noise is not None, **options,
+        sums, f.error, f.out, f.x0, f.alpha_sigma, f.t, f.seed, f.sample_id, f.draw, f.noise,
+        f.alpha_sigma.shape[0], n, KIND=f.kind, LEARNED=f.out.shape[1] != n, ERROR=f.error is not None,
+        GIVEN_NOISE=f.noise is not None, **options,
     )  # fmt: skip
     _finish(f, sums)
 
 
 def denoising_loss_torch(f: Loss) -> None:
-    """Fill loss, and grad if wanted: the CPU's implementation, and that of devices without Triton.
+    """Fill loss, and error if wanted: the CPU's implementation, and that of devices without Triton.
 
-    Traffic: reads out once, writes its gradient once; x0 is read for the targets v and x0.
+    Traffic: reads out once, writes its error once; x0 is read for the targets v and x0.
     """
     batch, n = f.x0.shape
     if not f.out.numel():
@@ -133,31 +137,32 @@ def denoising_loss_torch(f: Loss) -> None:
     if native is None:
         error = f.out[:, :n].float() - _target(f, torch.empty_like(f.x0), q_sample_torch)
         _finish(f, error.square().sum(1, keepdim=True, dtype=torch.float64))
-        if f.grad is not None:
-            scale = 2.0 / n if f.weight is None else (2.0 / n * f.weight)[:, None]
-            f.grad.copy_(error.mul_(scale))
+        if f.error is not None:
+            f.error.copy_(error)
         return
-    grad = f.grad if f.grad is None or f.grad.dtype == torch.float32 else torch.empty_like(f.x0)
+    error = f.error if f.error is None or f.error.dtype == torch.float32 else torch.empty_like(f.x0)
     sums = torch.empty(batch, native.fd_blocks(c_int64(n)), dtype=torch.float64, device="cpu")
     out = f.out if f.out.dtype == torch.float32 else f.out[:, :n].float()
-    tensors = (sums, grad, out, f.x0, f.noise, f.alpha_sigma, f.t, f.weight)
+    tensors = (sums, error, out, f.x0, f.noise, f.alpha_sigma, f.t)
     native.fd_denoising_loss(
         *map(cpu.pointer, (*tensors, f.seed, f.sample_id, f.draw)), c_int64(batch), c_int64(n),
         c_int64(out.shape[1]), c_int64(f.alpha_sigma.shape[0]), f.kind, torch.get_num_threads(),
     )  # fmt: skip
     _finish(f, sums)
-    if f.grad is not None and grad is not f.grad:
-        f.grad.copy_(grad)  # type: ignore[arg-type]
+    if f.error is not None and error is not f.error:
+        f.error.copy_(error)  # type: ignore[arg-type]
 
 
 def denoising_loss_reference(f: Loss) -> None:
-    """The formula in float64; loss and grad may be float64."""
+    """The formula in float64; loss and error may be float64."""
     batch, n = f.x0.shape
-    error = f.out[:, :n].double() - _target(f, torch.empty_like(f.x0, dtype=torch.float64), q_sample_reference)
+    error = f.out[:, :n].double() - _target(
+        f, torch.empty_like(f.x0, dtype=torch.float64), q_sample_reference
+    )
     weight = f.loss.new_ones(batch, 1) if f.weight is None else f.weight[:, None]
     f.loss.copy_((weight.double() * error.square()).sum(1) / max(n, 1))
-    if f.grad is not None:
-        f.grad.copy_(2 * weight.double() * error / n)
+    if f.error is not None:
+        f.error.copy_(error)
 
 
 def _finish(f: Loss, sums: torch.Tensor) -> None:

@@ -42,6 +42,7 @@ from ._vlb_torch import (
     WIDTH,
     X0_FROM_OUT,
     X0_FROM_X,
+    factors,
     few_samples,
     rows,
 )
@@ -51,7 +52,7 @@ from .philox import minus_two_log
 _CHUNK = 2**16  # elements whose temporaries stay in a core's cache
 
 _HALF_BIN, _EDGE, _LEAST = tl.constexpr(HALF_BIN), tl.constexpr(EDGE), tl.constexpr(LEAST)
-_SLOPE, _CUBIC, _BITS, _WIDTH = (tl.constexpr(c) for c in (SLOPE, CUBIC, BITS, WIDTH))
+_SLOPE, _CUBIC, _WIDTH = (tl.constexpr(c) for c in (SLOPE, CUBIC, WIDTH))
 _HALF_BIN_SQUARED = tl.constexpr(HALF_BIN**2)
 
 
@@ -60,7 +61,8 @@ class Terms(NamedTuple):
 
     Attributes:
         vlb: [B] float32, bits per dimension. Overwritten.
-        grad_mean: [B, N] of out's dtype, dense: d vlb_b / d out of the prediction; None where not wanted.
+        grad_mean: [B, N] of out's dtype, dense: d vlb_b / d out of the prediction over its `factors`; None
+            where not wanted. Overwritten.
         grad_v: the same of the variance's half of out.
         x0: [B, N] float32, dense, images in [-1, 1] of 256 levels where t = 0.
         x_t: [B, N] float32, dense. Not read where x0_from_x is 0.
@@ -96,17 +98,18 @@ def pack(
 
 @jit
 def _kl(error, gap, weight):
-    """A term in nats, and its derivatives by gap and by x0_hat."""
+    """A term in nats, and its derivatives by gap and, over weight^2, by x0_hat."""
     power, less, rest = exact_exp_rest(gap)
     m = weight * error
     square = power * (m * m)
-    return 0.5 * (rest + square), 0.5 * (less + square), -(power * m) * weight
+    return 0.5 * (rest + square), 0.5 * (less + square), -(power * error)
 
 
 @jit
 def _nll(x0, error, gap, weight):
     """The same at t = 0."""
-    k = weight * exact_exp(0.5 * gap)
+    root = exact_exp(0.5 * gap)
+    k = weight * root
     a, b = k * (error + _HALF_BIN), k * (error - _HALF_BIN)
     aa, bb = _CUBIC * (a * a), _CUBIC * (b * b)
     span = (2 * _HALF_BIN) * k
@@ -125,7 +128,9 @@ def _nll(x0, error, gap, weight):
     s_p, s_q, s_y = e_p * from_q / bottom, e_q * from_p / bottom, e_y / top
     rise_p, rise_q = _SLOPE + 3.0 * aa, _SLOPE + 3.0 * bb
     by_log_k = s_p * (a * rise_p) - s_q * (b * rise_q) + s_y * (span * (_SLOPE + 3.0 * bend))
-    by_error = k * (s_p * rise_p - s_q * rise_q + s_y * (span * ((6.0 * _CUBIC) * (k * error))))
+    by_error = (root * (1.0 / weight)) * (
+        s_p * rise_p - s_q * rise_q + s_y * (span * ((6.0 * _CUBIC) * (k * error)))
+    )
     return term, tl.where(p < _LEAST, 0.0, -0.5 * by_log_k), tl.where(p < _LEAST, 0.0, by_error)
 
 
@@ -142,7 +147,6 @@ def _vlb_terms_kernel(
     from_x, from_out = tl.load(row), tl.load(row + 1)
     low, high = tl.load(row + 2), tl.load(row + 3)
     weight, gap_at_min, gap_at_max = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    scale = _BITS / n
     offset = tl.arange(0, BLOCK)
     start = first_element(BLOCK)
     inside = offset < n - start
@@ -169,10 +173,10 @@ def _vlb_terms_kernel(
     programs = tl.num_programs(1) * tl.num_programs(2)
     tl.store(sum_ptr + b * programs + program, tl.sum(tl.where(inside, term, 0.0), 0))
     if GRAD_MEAN:
-        by_out = (scale * from_out) * tl.where((raw >= low) & (raw <= high), by_x0, 0.0)
+        by_out = tl.where((raw >= low) & (raw <= high), by_x0, 0.0)
         tl.store(grad_mean_ptr + own + offset, by_out.to(grad_mean_ptr.dtype.element_ty), mask=inside)
     if GRAD_V:
-        by_v = (scale * (0.5 * (gap_at_max - gap_at_min))) * by_gap
+        by_v = by_gap * (1.0 / tl.maximum(weight, 1.0))
         tl.store(grad_v_ptr + own + offset, by_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
 
 
@@ -233,6 +237,9 @@ def vlb_terms_reference(f: Terms) -> None:
         vlb = terms.mean(1) * BITS
         (grad,) = torch.autograd.grad(vlb.sum(), out)
     f.vlb.copy_(vlb.detach())
-    for written, part in ((f.grad_mean, grad[:, :n]), (f.grad_v, grad[:, n:])):
+    parts = zip(
+        (f.grad_mean, f.grad_v), (grad[:, :n], grad[:, n:]), factors(f.coef.double(), f.t, n), strict=True
+    )
+    for written, part, factor in parts:
         if written is not None:
-            written.copy_(part)
+            written.copy_(part / factor[:, None])

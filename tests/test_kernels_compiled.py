@@ -180,7 +180,7 @@ FULL = [
     "x0",
     "x_t",
     "target",
-    "loss_grad",
+    "error",
     "grad",
     "grad_x",
     "grad_mean",

@@ -255,7 +255,8 @@ def test_losses_of_pure_noise_are_finite():
 class Dispatched(TorchDispatchMode):
     """Counts operations once it is told to: all, and those that read or write as many numbers as a batch.
 
-    Views and detachments move nothing and do not count; an operator of fastdiff is one operation.
+    Views and detachments move nothing and do not count; an operator of fastdiff is one operation; a gather
+    reads the rows that it returns.
     """
 
     def __init__(self, numel: int) -> None:
@@ -268,7 +269,8 @@ class Dispatched(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self.counting and not func.is_view and func.name() != "aten::detach":
             self.all.append(func.name())
-            tensors = torch.utils._pytree.tree_leaves((args, kwargs, result))
+            is_gather = func.name() == "aten::index.Tensor"
+            tensors = torch.utils._pytree.tree_leaves(result if is_gather else (args, kwargs, result))
             if any(isinstance(a, torch.Tensor) and a.numel() >= self.numel for a in tensors):
                 self.full.append(func.name())
         return result
