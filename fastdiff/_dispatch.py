@@ -211,7 +211,19 @@ def _denoising_loss_backward(
         return (None,) * 11
     error, weight = ctx.saved_tensors
     prediction = (error, factor(ctx.numel, weight) * grad_loss)
-    return _halves(prediction, None, is_learned=ctx.is_learned), *[None] * 10
+    found = _halves(prediction, None, is_learned=ctx.is_learned)
+    return *only_once("denoising_loss", "q_sample's target and torch's operators", found), *[None] * 10
+
+
+def only_once(name: str, remedy: str, *found: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Gradients that raise where they are differentiated again, in place of being taken for constants."""
+    if not torch.is_grad_enabled():
+        return found
+    given = [a if a is None else a.detach().requires_grad_() for a in found]
+    message = f"{name} has no second derivative; use {remedy} for it"
+    refuse: Any = torch._C._functions.DelayedError(message.encode(), len(given))
+    again: tuple[torch.Tensor | None, ...] = refuse(*given)
+    return again if isinstance(again, tuple) else (again,)
 
 
 def _halves(prediction: _Half | None, variance: _Half | None, *, is_learned: bool) -> torch.Tensor:
@@ -295,7 +307,8 @@ def _vlb_terms_backward(
     each = (factor * grad_vlb for factor in factors(coef, t, ctx.numel))
     halves = zip(saved, each, (ctx.grad_mean, ctx.grad_v), strict=True)
     mean, v = ((half, by) if wanted else None for half, by, wanted in halves)
-    return None, None, _halves(mean, v, is_learned=ctx.is_learned), *[None] * 4
+    found = _halves(mean, v, is_learned=ctx.is_learned)
+    return None, None, *only_once("vlb_terms", "torch's operators", found), *[None] * 4
 
 
 def _reverse_step(*operands: Any) -> None:

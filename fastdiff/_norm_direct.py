@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from fastdiff._dispatch import only_once
 from fastdiff.kernels import cpu
 from fastdiff.kernels._group_norm_cpu import affine_of, norm_native
 
@@ -22,6 +23,7 @@ from fastdiff.kernels._group_norm_cpu import affine_of, norm_native
 # core of an AVX-512 Xeon; a factor of 0.5 to 0.8 without the first two, at 4 096 elements)
 _FEW, _FEW_GRAD, _FEW_LAST = 2**15, 2**16, 2**10
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REMEDY = "torch's group_norm and silu"
 Vector = torch.Tensor | None
 Operands = tuple[torch.Tensor, Vector, Vector, Vector, Vector, Vector, int, float, bool]
 
@@ -164,7 +166,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         with torch.no_grad():
             found = _Differentiable._first(ctx, grad)
-        return None, *only_once(found), None, None, None
+        return None, *only_once("group_norm_silu", REMEDY, *found), None, None, None
 
     @staticmethod
     def _first(ctx: Any, grad: torch.Tensor) -> tuple[Vector, ...]:
@@ -198,17 +200,6 @@ def gradients(
     if shift is not None:
         of_shift = sums[0].sum_to_size(shift.shape).to(shift.dtype)
     return grad_x, None if residual is None else grad_x.clone(), of_weight, of_bias, of_scale, of_shift
-
-
-def only_once(found: tuple[Vector, ...]) -> tuple[Vector, ...]:
-    """Gradients that raise where they are differentiated again, in place of being taken for constants."""
-    if not torch.is_grad_enabled():
-        return found
-    message = b"group_norm_silu has no second derivative; use torch's group_norm and silu for it"
-    given = [a if a is None else a.detach().requires_grad_() for a in found]
-    refuse: Any = torch._C._functions.DelayedError(message, len(given))
-    again: tuple[Vector, ...] = refuse(*given)
-    return again
 
 
 def _room(*shape: int) -> torch.Tensor:

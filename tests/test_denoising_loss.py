@@ -286,3 +286,12 @@ def test_gradient_of_a_float16_network_does_not_underflow_however_large_the_imag
     assert ((grad[:, :3] - exact).abs() <= 2.0**-10 * exact.abs() + 2.0**-24).all()
     relative = float((grad[:, :3] - exact).norm() / exact.norm())
     assert relative < 1e-3
+
+
+def test_second_derivative_is_refused_not_taken_for_zero() -> None:
+    f = operands(12, batch=3)
+    out = f.out.clone().requires_grad_()
+    loss = ops.denoising_loss(out, f.x0, f.alpha_sigma, f.t, 0, None, 0)
+    (grad,) = torch.autograd.grad(loss.sum(), out, create_graph=True)
+    with pytest.raises(RuntimeError, match="denoising_loss has no second derivative; use q_sample"):
+        (loss.sum() + grad.square().sum()).backward()

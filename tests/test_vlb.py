@@ -320,3 +320,12 @@ def test_gradient_of_a_float16_network_does_not_underflow_however_large_the_imag
     half, wide = (grad.double() for grad in grads)
     # two roundings to 11 bits; the result's is to multiples of 2^-24 below 2^-14
     assert ((half - wide).norm(dim=2) <= 2.0**-10 * wide.norm(dim=2) + 2.0**-25 * half.shape[2] ** 0.5).all()
+
+
+def test_second_derivative_is_refused_not_taken_for_zero() -> None:
+    given = op_operands()
+    out = given.pop("out").clone().requires_grad_()
+    loss = ops.vlb_terms(out=out, **given)
+    (grad,) = torch.autograd.grad(loss.sum(), out, create_graph=True)
+    with pytest.raises(RuntimeError, match="vlb_terms has no second derivative; use torch's"):
+        (loss.sum() + grad.square().sum()).backward()
