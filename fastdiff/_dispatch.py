@@ -234,13 +234,27 @@ def _halves(prediction: _Half | None, variance: _Half | None, *, is_learned: boo
     if not is_learned:
         assert prediction is not None
         return _times_each(*prediction)
-    like = (prediction or variance)[0]  # type: ignore[index]
+    like, by = prediction or variance  # type: ignore[misc]
+    if _is_elsewhere(by):
+        zeros, halves = torch.zeros_like(like), (prediction, variance)
+        return torch.cat([zeros if h is None else (h[0] * _each(*h)).to(like.dtype) for h in halves], 1)
     shape = (like.shape[0], 2 * like.shape[1], *like.shape[2:])
     grad = torch.zeros(shape, dtype=like.dtype, device=like.device)
     for part, half in zip(grad.chunk(2, 1), (prediction, variance), strict=True):
         if half is not None:
             torch.mul(half[0], _each(*half), out=part)
     return grad
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no memory of its own to write in or read by address: a transform's, a tracer's."""
+    if type(tensor) is not torch.Tensor:
+        return True
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # such as vmap's, of autograd's is_grads_batched
+        return True
+    return False
 
 
 def _each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
@@ -251,14 +265,13 @@ def _each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
 def _times_each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
     """A gradient that the forward pass has saved, times one number for each sample.
 
-    In its own memory where the graph is not kept for another pass, so that training holds it once; a tracer,
-    which gives tensors of its own types, plans memory itself.
+    In its own memory where the graph is not kept for another pass, so that training holds it once; a tracer
+    plans memory itself.
     """
-    each = _each(saved, each)
     is_needed_again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-    if is_needed_again or type(saved) is not torch.Tensor:
-        return (saved * each).to(saved.dtype)
-    return saved.mul_(each)
+    if is_needed_again or _is_elsewhere(saved) or _is_elsewhere(each):
+        return (saved * _each(saved, each)).to(saved.dtype)
+    return saved.mul_(_each(saved, each))
 
 
 def _vlb_terms(

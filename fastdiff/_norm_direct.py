@@ -171,6 +171,10 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def _first(ctx: Any, grad: torch.Tensor) -> tuple[Vector, ...]:
         mean, rstd, x, residual, *vectors = ctx.saved_tensors
+        if _keys_of(grad).raw_repr() not in _ORDINARY:  # vmap's, of is_grads_batched: its memory is elsewhere
+            operands = (grad, *ctx.saved_tensors, ctx.groups, ctx.eps, ctx.activation)
+            found = torch.ops.fastdiff.group_norm_silu_backward(*operands)
+            return gradients(*found, residual, *vectors)
         v, grad = _v(x, residual), grad.float()
         if grad.stride() != v.stride():
             grad = torch.empty_like(v).copy_(grad)

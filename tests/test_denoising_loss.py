@@ -295,3 +295,17 @@ def test_second_derivative_is_refused_not_taken_for_zero() -> None:
     (grad,) = torch.autograd.grad(loss.sum(), out, create_graph=True)
     with pytest.raises(RuntimeError, match="denoising_loss has no second derivative; use q_sample"):
         (loss.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradients_of_many_sums_at_once_are_those_of_each(learned: bool) -> None:
+    """`is_grads_batched`, as torch.autograd.functional.jacobian(vectorize=True) has it."""
+    f = operands(12, batch=3)
+    out = (torch.cat([f.out, f.out], 1) if learned else f.out.clone()).requires_grad_()
+    loss = ops.denoising_loss(out, f.x0, f.alpha_sigma, f.t, 0, None, 0)
+    each = torch.eye(3)
+    (batched,) = torch.autograd.grad(loss, out, each, is_grads_batched=True, retain_graph=True)
+    for one, row in zip(batched, each, strict=True):
+        assert_same_bits(one, *torch.autograd.grad(loss, out, row, retain_graph=True))
+    (alone,) = torch.autograd.grad(loss, out, each, is_grads_batched=True)
+    assert_same_bits(alone, batched)

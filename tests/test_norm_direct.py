@@ -207,3 +207,28 @@ def test_what_the_long_way_refuses_no_short_one_accepts(
     go(way, monkeypatch)
     with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
         ops.group_norm_silu(**(dict(x=torch.zeros(2, 6, 3), num_groups=3) | wrong))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_many_sums_at_once_are_those_of_each(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`is_grads_batched`: the gradient is then one of vmap's tensors, without an address."""
+    go(way, monkeypatch)
+    torch.manual_seed(0)
+    x, residual, weight, scale = (torch.randn(*s) for s in ((2, 8, 5), (2, 8, 5), (8,), (2, 8)))
+    leaves = [a.requires_grad_() for a in (x, residual, weight, scale)]
+    y = ops.group_norm_silu(x, 4, weight, scale=scale, residual=residual)
+    each = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, leaves, each, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(each):
+        alone = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        for many, one in zip(batched, alone, strict=True):
+            assert torch.allclose(many[i], one, rtol=1e-5, atol=1e-5)
+
+
+def test_an_ordinary_gradient_goes_straight_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    go("direct", monkeypatch)
+    x = torch.randn(2, 8, 5, requires_grad=True)
+    y = ops.group_norm_silu(x, 4)
+    with Watching() as watching:
+        y.sum().backward()
+    assert not any("fastdiff" in name for name in watching.seen)

@@ -329,3 +329,16 @@ def test_second_derivative_is_refused_not_taken_for_zero() -> None:
     (grad,) = torch.autograd.grad(loss.sum(), out, create_graph=True)
     with pytest.raises(RuntimeError, match="vlb_terms has no second derivative; use torch's"):
         (loss.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_gradients_of_many_sums_at_once_are_those_of_each(is_learned: bool) -> None:
+    given = op_operands(is_learned)
+    out = given.pop("out").clone().requires_grad_()
+    loss = ops.vlb_terms(out=out, **given)
+    each = torch.eye(len(TIMES))
+    for keep in (True, False):
+        (batched,) = torch.autograd.grad(loss, out, each, is_grads_batched=True, retain_graph=keep)
+    loss = ops.vlb_terms(out=out, **given)
+    for one, row in zip(batched, each, strict=True):
+        assert_same_bits(one, *torch.autograd.grad(loss, out, row, retain_graph=True))
