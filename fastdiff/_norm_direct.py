@@ -53,7 +53,9 @@ def attempt(operands: Operands) -> torch.Tensor | None:
     if torch.is_grad_enabled():
         wants_grad = any(a is not None and a.requires_grad for a in operands[:6])
     few = _FEW_LAST if not is_first else _FEW_GRAD if wants_grad else _FEW
-    if x.dtype == torch.float32 and (numel <= few or cpu.library() is None):
+    # without the loop, a gradient takes the operator, which saves the tensors that the loop's way saves:
+    # checkpointing runs this again, and the background build may have ended by then
+    if x.dtype == torch.float32 and (numel <= few or (not wants_grad and cpu.library() is None)):
         try:
             return _by_torch(operands, is_first, wants_grad)
         except RuntimeError:  # torch refuses them; the checks of the long way say why

@@ -10,6 +10,7 @@ import torch
 from kernel_cases import assert_same_bits, library
 from test_group_norm import BARE, FULL, SHAPES, assert_formula, exact_of, operands
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fastdiff import _norm_direct, ops
 
@@ -232,3 +233,22 @@ def test_an_ordinary_gradient_goes_straight_to_the_loop(monkeypatch: pytest.Monk
     with Watching() as watching:
         y.sum().backward()
     assert not any("fastdiff" in name for name in watching.seen)
+
+
+def test_checkpointing_survives_the_end_of_the_background_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved for the gradient is the same before the compiled loop is there and after."""
+    loaded, is_there = library(), []
+    monkeypatch.setattr(_norm_direct.cpu, "library", lambda *a, **k: loaded if is_there else None)
+    for name in ("_FEW", "_FEW_GRAD", "_FEW_LAST"):
+        monkeypatch.setattr(_norm_direct, name, 0)
+    x, weight, scale = (torch.randn(*s, requires_grad=True) for s in ((2, 8, 5), (8,), (2, 8)))
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return ops.group_norm_silu(x, 4, weight, scale=scale)
+
+    y = checkpoint(layer, x, use_reentrant=False)
+    is_there.append(True)
+    grads = torch.autograd.grad(y.square().sum(), (x, weight, scale))
+    expected = torch.autograd.grad(layer(x).square().sum(), (x, weight, scale))
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert torch.allclose(grad, wanted, rtol=1e-4, atol=1e-4)
