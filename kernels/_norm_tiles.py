@@ -108,11 +108,13 @@ def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_step, shift_step, b
     if bias_ptr is not None:
         offset = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + b * scale_step + c, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + (b.to(tl.int64) * scale_step + c), mask=inside, other=0.0).to(tl.float32)
         gain *= scale
         offset *= scale
     if shift_ptr is not None:
-        offset += tl.load(shift_ptr + b * shift_step + c, mask=inside, other=0.0).to(tl.float32)
+        offset += tl.load(shift_ptr + (b.to(tl.int64) * shift_step + c), mask=inside, other=0.0).to(
+            tl.float32
+        )
     return gain, offset
 
 

@@ -95,7 +95,7 @@ def _group_norm_silu_backward_kernel(
     along_mean = tl.sum(gain * along, 0) / count
     grad_x = rstd * (across(gain, LAST) * grad - plain_mean - x_hat * along_mean)
     tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    channel = b * channels + first + c
+    channel = b.to(tl.int64) * channels + first + c
     tl.store(sums_ptr + channel, plain, mask=c < OWN)
     tl.store(sums_ptr + sums_step + channel, along, mask=c < OWN)
 

@@ -170,7 +170,8 @@ def test_the_scale_of_a_threshold_is_one_warp_without_spills(target: str) -> Non
     assert len(code.executed) <= 1000
 
 
-# the tensors of as many elements as there are; others are indexed by sample, channel, group or program
+# the tensors of as many elements as there are, or of a number for each channel of each sample, which is as
+# many where N = 1; others are indexed by sample, group or program
 FULL = [
     "x",
     "y",
@@ -188,6 +189,9 @@ FULL = [
     "residual",
     "noise",
     "z",
+    "scale",
+    "shift",
+    "sums",
 ]
 LARGE = 2**31 + 16
 
@@ -219,8 +223,20 @@ def narrow_addresses(ttir: str) -> list[str]:
         partial(_specialisations.threshold, n=2**31 - 16),  # more it refuses
         partial(_specialisations.group_norm_silu, LARGE // 128, last=True),
         partial(_specialisations.group_norm_silu, LARGE // 128, backward=True),
+        partial(_specialisations.group_norm_silu, 1, batch=LARGE // 128),
+        partial(_specialisations.group_norm_silu, 1, backward=True, batch=LARGE // 128),
     ],
-    ids=["q_sample", "denoising_loss", "vlb_terms", "normal", "threshold", "group_norm_silu", "its gradient"],
+    ids=[
+        "q_sample",
+        "denoising_loss",
+        "vlb_terms",
+        "normal",
+        "threshold",
+        "group_norm_silu",
+        "its gradient",
+        "group_norm_silu at one position",
+        "its gradient at one position",
+    ],
 )
 def test_no_kernel_reaches_a_large_tensors_end_with_32_bits(run: Callable[[], None]) -> None:
     for launch in inspect.launches(run):
