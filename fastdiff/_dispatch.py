@@ -221,9 +221,24 @@ def only_once(name: str, remedy: str, *found: torch.Tensor | None) -> tuple[torc
         return found
     given = [a if a is None else a.detach().requires_grad_() for a in found]
     message = f"{name} has no second derivative; use {remedy} for it"
-    refuse: Any = torch._C._functions.DelayedError(message.encode(), len(given))
-    again: tuple[torch.Tensor | None, ...] = refuse(*given)
+    native: Any = getattr(torch._C._functions, "DelayedError", None)  # not of torch's interface
+    again = (
+        _Refusal.apply(message, *given) if native is None else native(message.encode(), len(given))(*given)
+    )
     return again if isinstance(again, tuple) else (again,)
+
+
+class _Refusal(torch.autograd.Function):
+    """Its operands, with a message in place of a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, *found: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.message = message
+        return tuple(a if a is None else a.view_as(a) for a in found)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(ctx.message)
 
 
 def _halves(prediction: _Half | None, variance: _Half | None, *, is_learned: bool) -> torch.Tensor:
@@ -268,7 +283,8 @@ def _times_each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
     In its own memory where the graph is not kept for another pass, so that training holds it once; a tracer
     plans memory itself.
     """
-    is_needed_again = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+    is_kept: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    is_needed_again = torch.is_grad_enabled() or is_kept()
     if is_needed_again or _is_elsewhere(saved) or _is_elsewhere(each):
         return (saved * _each(saved, each)).to(saved.dtype)
     return saved.mul_(_each(saved, each))

@@ -79,8 +79,9 @@ def group_norm_silu(
     for name, vector in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
         if vector is None:
             continue
+        require(name, vector, device=x.device)
         lead = () if name in ("weight", "bias") else (1 if vector.shape[:1] == (1,) else batch,)
-        require(name, vector, device=x.device, shape=(*lead, channels))
+        require(name, vector, shape=(*lead, channels))
         if vector.dtype not in DTYPES:
             raise ValueError(f"`{name}` must be of {DTYPES}, got {vector.dtype}")
     if residual is not None:

@@ -28,16 +28,29 @@ Vector = torch.Tensor | None
 Operands = tuple[torch.Tensor, Vector, Vector, Vector, Vector, Vector, int, float, bool]
 
 
-def _keys(*names: str) -> int:
-    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
-    return reduce(or_, (keys(getattr(key, name)) for name in names)).raw_repr()
+def _keys(*names: str) -> int | None:
+    """A set of dispatch keys as a number; None where this torch does not say."""
+    try:
+        key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+        return int(reduce(or_, (keys(getattr(key, name)) for name in names)).raw_repr())
+    except AttributeError:
+        return None
 
 
 # What torch dispatches on. An ordinary CPU tensor's keys (one made in inference mode has no Autograd), and
 # those of a thread in which nothing intercepts: a subclass, a wrapped tensor, a mode, a tracer would add one.
 _ORDINARY = (_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU"))
 _UNWATCHED = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
-_keys_of, _intercepting = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+# These are torch's own, not its interface: where one is missing, every call takes the operator.
+_keys_of = getattr(torch._C, "_dispatch_keys", None)
+_intercepting = getattr(torch._C, "_dispatch_tls_local_include_set", None)
+_has_looks = None not in (
+    *_ORDINARY,
+    *_UNWATCHED,
+    _keys_of,
+    _intercepting,
+    getattr(forward_ad, "_current_level", None),
+)
 
 
 def attempt(operands: Operands) -> torch.Tensor | None:
@@ -48,7 +61,7 @@ def attempt(operands: Operands) -> torch.Tensor | None:
     if not (2 <= x.dim() <= 5 and 0 < eps < float("inf")) or x.dtype not in DTYPES:
         return None
     numel, is_first, wants_grad = x.numel(), x.is_contiguous(), False
-    if numel == 0:
+    if numel == 0 or not all(a is None or isinstance(a, torch.Tensor) for a in operands[1:6]):
         return None
     if torch.is_grad_enabled():
         wants_grad = any(a is not None and a.requires_grad for a in operands[:6])
@@ -104,6 +117,8 @@ def _to_last(x: torch.Tensor) -> torch.Tensor:
 def _is_direct(operands: Operands, is_first: bool) -> bool:
     """Whether the compiled loop can read these operands as they lie, and nothing intercepts the call."""
     x, residual, weight, bias, scale, shift, groups, _, _ = operands
+    if not _has_looks:
+        return False
     shape = x.shape
     channels = shape[1]
     for a in (x, weight, bias, scale, shift, residual):
@@ -116,7 +131,7 @@ def _is_direct(operands: Operands, is_first: bool) -> bool:
         if a is residual:
             if a.shape != shape or a.stride() != x.stride() or a.dtype != x.dtype:
                 return False
-        elif a.dtype not in DTYPES or a.stride()[-1] != 1:
+        elif a.dtype not in DTYPES or a.stride()[-1:] != (1,):
             return False
         elif a is weight or a is bias:
             if a.shape != (channels,):

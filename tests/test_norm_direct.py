@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff import _norm_direct, ops
 
+ROOT = Path(__file__).parents[1]
 WAYS = ("operator", "direct", "torch")
 
 
@@ -188,6 +192,9 @@ def test_choosing_a_backend_is_heeded_at_any_size(monkeypatch: pytest.MonkeyPatc
     [
         dict(weight=torch.zeros(5)),
         dict(weight=torch.zeros(1)),
+        dict(weight=torch.tensor(1.0)),
+        dict(shift=torch.tensor(1.0)),
+        dict(residual=torch.tensor(1.0)),
         dict(bias=torch.zeros(6).long()),
         dict(scale=torch.zeros(6)),
         dict(scale=torch.zeros(2, 1)),
@@ -252,3 +259,50 @@ def test_checkpointing_survives_the_end_of_the_background_build(monkeypatch: pyt
     expected = torch.autograd.grad(layer(x).square().sum(), (x, weight, scale))
     for grad, wanted in zip(grads, expected, strict=True):
         assert torch.allclose(grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["direct", "torch"])
+@pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift", "residual"])
+def test_what_is_no_tensor_is_named(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    with pytest.raises(TypeError, match=f"`{name}` must be a tensor, got float"):
+        ops.group_norm_silu(torch.zeros(2, 6, 3), 3, **{name: 1.0})
+
+
+def test_a_torch_without_its_inner_functions_takes_the_operator_and_still_refuses() -> None:
+    """None of them is promised: in a process whose torch has lost them."""
+    program = """
+import torch
+from torch.autograd import forward_ad
+%s
+import fastdiff
+from fastdiff import _dispatch, _norm_direct, ops
+from fastdiff.kernels import cpu
+cpu.library(wait=True)
+_norm_direct._FEW = _norm_direct._FEW_GRAD = 0
+x = torch.randn(2, 8, 5, requires_grad=True)
+y = ops.group_norm_silu(x, 4)
+h = torch.nn.functional.silu(torch.group_norm(x, 4))
+assert torch.allclose(y, h, rtol=1e-5, atol=1e-6)
+given, wanted = (torch.autograd.grad(a.square().sum(), x, retain_graph=True)[0] for a in (y, h))
+assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-5)
+loss = ops.denoising_loss(x, x.detach(), torch.rand(3, 2), torch.zeros(2).long(), 0, None, 0)
+for result in (y.sum(), loss.sum()):
+    (grad,) = torch.autograd.grad(result, x, create_graph=True)
+    try:
+        grad.square().sum().backward()
+    except RuntimeError as error:
+        assert "has no second derivative" in str(error), error
+    else:
+        raise AssertionError("was taken for a constant")
+"""
+    missing = "; ".join(
+        [
+            "del torch._C._dispatch_tls_local_include_set, torch._C._functions.DelayedError",
+            "del torch._C._autograd._get_current_graph_task_keep_graph",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program % missing], capture_output=True, text=True, cwd=ROOT, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
