@@ -42,8 +42,8 @@ def _keys(*names: str) -> int | None:
 _ORDINARY = (_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU"))
 _UNWATCHED = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
 # These are torch's own, not its interface: where one is missing, every call takes the operator.
-_keys_of = getattr(torch._C, "_dispatch_keys", None)
-_intercepting = getattr(torch._C, "_dispatch_tls_local_include_set", None)
+_keys_of: Any = getattr(torch._C, "_dispatch_keys", None)
+_intercepting: Any = getattr(torch._C, "_dispatch_tls_local_include_set", None)
 _has_looks = None not in (
     *_ORDINARY,
     *_UNWATCHED,
@@ -190,8 +190,8 @@ class _Differentiable(torch.autograd.Function):
         mean, rstd, x, residual, *vectors = ctx.saved_tensors
         if _keys_of(grad).raw_repr() not in _ORDINARY:  # vmap's, of is_grads_batched: its memory is elsewhere
             operands = (grad, *ctx.saved_tensors, ctx.groups, ctx.eps, ctx.activation)
-            found = torch.ops.fastdiff.group_norm_silu_backward(*operands)
-            return gradients(*found, residual, *vectors)
+            found: tuple[torch.Tensor, torch.Tensor] = torch.ops.fastdiff.group_norm_silu_backward(*operands)
+            return gradients(*found, residual, *vectors)  # type: ignore[call-arg]
         v, grad = _v(x, residual), grad.float()
         if grad.stride() != v.stride():
             grad = torch.empty_like(v).copy_(grad)

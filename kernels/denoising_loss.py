@@ -135,10 +135,10 @@ def denoising_loss_torch(f: Loss) -> None:
         return
     native = cpu.library() if f.out.device.type == "cpu" else None
     if native is None:
-        error = f.out[:, :n].float() - _target(f, torch.empty_like(f.x0), q_sample_torch)
-        _finish(f, error.square().sum(1, keepdim=True, dtype=torch.float64))
+        off = f.out[:, :n].float() - _target(f, torch.empty_like(f.x0), q_sample_torch)
+        _finish(f, off.square().sum(1, keepdim=True, dtype=torch.float64))
         if f.error is not None:
-            f.error.copy_(error)
+            f.error.copy_(off)
         return
     error = f.error if f.error is None or f.error.dtype == torch.float32 else torch.empty_like(f.x0)
     sums = torch.empty(batch, native.fd_blocks(c_int64(n)), dtype=torch.float64, device="cpu")
