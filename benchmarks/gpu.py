@@ -1,9 +1,10 @@
 """Everything that fastdiff would say of a GPU, measured in one command: `python -m benchmarks.gpu`.
 
-Kernels: the device's time between events, the queue filled beforehand, every call on other memory than those
-before it, so that the second-level cache is cold; in per cent of a copy of as many bytes, measured likewise
-beside it. Operators against torch, torch.compile and diffusers: whole calls, host included, with a
-synchronisation at both ends. Results are files as `record.py` writes them, in a folder named after the GPU.
+Kernels: the device's time between events, the queue filled beforehand, every call reading and writing other
+memory than those before it, so that the second-level cache is cold; in per cent of a copy of as many bytes,
+measured likewise beside it. Operators against torch, torch.compile and diffusers: whole calls, host included,
+with a synchronisation at both ends. Results are files as `record.py` writes them, in a folder named after the
+GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from benchmarks import bench_ops, bench_step
 from benchmarks.record import RESULTS, Comparison, Quantity, compare, save
 from fastdiff.train.bound import vlb_coefficients
 
-SHAPES = ((64, 3, 32, 32), (16, 4, 128, 128), (16, 3, 256, 256))
+SHAPES = ((64, 3, 32, 32), (16, 4, 128, 128), (16, 3, 256, 256))  # of whole calls
+# of kernels: each moves its bytes for 5 us or more at 3350 GB/s, an H100's, so that launches do not dominate
+KERNEL_SHAPES = ((64, 4, 128, 128), (64, 3, 256, 256))
 DTYPES = (torch.bfloat16, torch.float32)
-COLD = 256 * 2**20  # bytes that a turn of the buffers moves at least: more than any cache of today
-MOST_BUFFERS = 128
+COLD = 256 * 2**20  # bytes that a turn of a kernel's buffers moves at least: more than any cache of today
 ROUNDS = 5
 Call = Callable[[], Any]
 
@@ -68,13 +70,32 @@ def event_seconds(calls: Sequence[Call]) -> list[float]:
     return [marks[2 * i].elapsed_time(marks[2 * i + 1]) / 1e3 for i in range(len(calls))]
 
 
-def kernels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, tuple[Call, int]]:
-    """Each kernel on memory of its own, and the least bytes that it moves."""
-    batch, numel, size = shape[0], math.prod(shape), dtype.itemsize
-    generator = torch.Generator().manual_seed(0)
+def traffic(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
+    """The least bytes that each kernel reads and writes."""
+    numel, features, size = math.prod(shape), math.prod(features_of(shape)), dtype.itemsize
+    return {
+        "reverse_step": (8 + 2 * size) * numel,
+        "q_sample": (4 + size) * numel,
+        "denoising_loss": 2 * size * numel,
+        "vlb_terms": (8 + 3 * size) * numel,
+        "normal": 4 * numel,
+        "group_norm_silu": 2 * size * features,
+        "group_norm_silu gradient": 3 * size * features,
+    }
+
+
+def features_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What a network normalises, given images of `shape`: 128 channels at a quarter of the sides."""
+    return shape[0], 128, *(max(1, side // 4) for side in shape[2:])
+
+
+def kernels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Call]:
+    """Each kernel on memory of its own; a call returns what it has written."""
+    batch, numel = shape[0], math.prod(shape)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*dims: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(dims, generator=generator).to(device, dtype)
+        return torch.randn(dims, generator=generator, device=device).to(dtype)
 
     x, x0, out = normal(*shape), normal(*shape), normal(*shape, dtype=dtype)
     learned = normal(batch, 2 * shape[1], *shape[2:], dtype=dtype)
@@ -85,35 +106,34 @@ def kernels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str
     table = bench_step.table("ddpm").pack().to(device)
     row = torch.full((batch,), bench_step.ROW, dtype=torch.int32, device=device)
     coef = vlb_coefficients(fd.NoiseSchedule.linear(10), "eps", "learned_range").to(device)
-    features = normal(batch, 128, *(max(1, side // 4) for side in shape[2:]), dtype=dtype)
-    weight = normal(128, dtype=dtype)
+    features, weight = normal(*features_of(shape), dtype=dtype), normal(128, dtype=dtype)
     norm = (features, None, weight, weight, None, None, 32, 1e-5, True)
     fused = torch.ops.fastdiff
     _, mean, rstd = fused.group_norm_silu(*norm)
     return {
-        "reverse_step": (
-            lambda: fd.ops.reverse_step(x, out, table, row, *key, u=u),
-            (8 + 2 * size) * numel,
-        ),
-        "q_sample": (
-            lambda: fused.q_sample(x0, levels, t, *key, draw, 0, None, dtype),
-            (4 + size) * numel,
-        ),
-        "denoising_loss": (
-            lambda: fused.denoising_loss(out, x0, levels, t, *key, draw, 1, None, None, True),
-            2 * size * numel,
-        ),
-        "vlb_terms": (
-            lambda: fused.vlb_terms(x0, x, learned, coef, t, False, True),
-            (8 + 3 * size) * numel,
-        ),
-        "normal": (lambda: fused.normal(*key, draw, 1, numel // batch), 4 * numel),
-        "group_norm_silu": (lambda: fused.group_norm_silu(*norm), 2 * size * features.numel()),
-        "group_norm_silu gradient": (
-            lambda: fused.group_norm_silu_backward(features, mean, rstd, *norm),
-            3 * size * features.numel(),
-        ),
+        "reverse_step": lambda: (fd.ops.reverse_step(x, out, table, row, *key, u=u), u),
+        "q_sample": lambda: fused.q_sample(x0, levels, t, *key, draw, 0, None, dtype),
+        "denoising_loss": lambda: fused.denoising_loss(out, x0, levels, t, *key, draw, 1, None, None, True),
+        "vlb_terms": lambda: fused.vlb_terms(x0, x, learned, coef, t, False, True),
+        "normal": lambda: fused.normal(*key, draw, 1, numel // batch),
+        "group_norm_silu": lambda: fused.group_norm_silu(*norm),
+        "group_norm_silu gradient": lambda: fused.group_norm_silu_backward(features, mean, rstd, *norm),
     }
+
+
+def keeping(call: Call) -> Call:
+    """The call, its result kept until it is made again: those made meanwhile cannot write to that memory.
+
+    An allocator would else hand the same block to each of them, which then lies in the cache.
+    """
+    kept: list[Any] = []
+
+    def run() -> Any:
+        kept.clear()
+        kept.append(call())
+        return kept[0]
+
+    return run
 
 
 def copy_of(moved: int, device: str) -> Call:
@@ -124,12 +144,13 @@ def copy_of(moved: int, device: str) -> Call:
 
 def kernel_figures(timer: Timer, shape: tuple[int, ...], dtype: torch.dtype) -> list[Quantity]:
     """Every kernel's speed at one shape, in per cent of a copy's."""
-    count = max(2, min(MOST_BUFFERS, math.ceil(COLD / (4 * math.prod(shape)))))
-    turns = [kernels(shape, dtype, timer.device) for _ in range(count)]
+    counts = {name: max(2, math.ceil(COLD / moved)) for name, moved in traffic(shape, dtype).items()}
+    turns = [kernels(shape, dtype, timer.device) for _ in range(max(counts.values()))]
     kind = str(dtype).removeprefix("torch.")
     figures = []
-    for name, (_, moved) in turns[0].items():
-        calls = [turn[name][0] for turn in turns]
+    for name, moved in traffic(shape, dtype).items():
+        count = counts[name]
+        calls = [keeping(turn[name]) for turn in turns[:count]]
         copies = [copy_of(moved, timer.device) for _ in range(count)]
         timer.seconds(calls)  # compiles, and warms up
         taken, copied = [], []
@@ -178,7 +199,7 @@ def operator_figures(timer: Timer, rounds: int = 15) -> list[Comparison]:
 def measure(timer: Timer, folder: Path = RESULTS, rounds: int = 15) -> list[Path]:
     """Measure everything and write the results; says each as it comes."""
     paths = []
-    for shape in SHAPES:
+    for shape in KERNEL_SHAPES:
         for dtype in DTYPES:
             for figure in kernel_figures(timer, shape, dtype):
                 print(f"{figure.name}: {figure.value:.3g} {figure.unit}", flush=True)

@@ -30,6 +30,7 @@ class Clock:
 def small(monkeypatch: pytest.MonkeyPatch) -> gpu.Timer:
     """Small shapes, plain functions for compiled ones; the device is the CPU, its time made up."""
     monkeypatch.setattr(gpu, "SHAPES", ((2, 3, 8, 8), (1, 4, 4, 4)))
+    monkeypatch.setattr(gpu, "KERNEL_SHAPES", gpu.SHAPES)
     monkeypatch.setattr(gpu, "COLD", 8 * 2 * 3 * 8 * 8)
     monkeypatch.setattr(bench_ops, "IMAGES", {"1x64x8x8": ((1, 64, 8, 8), 16)})
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
@@ -58,10 +59,15 @@ def test_every_figure_is_measured_and_kept_as_the_other_benchmarks_keep_theirs(
     assert "reverse_step, 2x3x8x8 bfloat16: " in capsys.readouterr().out
 
 
+TRAFFIC = gpu.traffic((2, 3, 8, 8), torch.float32)
+
+
 def test_a_kernels_speed_is_the_copys_time_by_its_own(small: gpu.Timer) -> None:
     figures = gpu.kernel_figures(small, (2, 3, 8, 8), torch.float32)
     # of each kernel a turn that warms up, then its own and the copy's in turn
-    assert small.seconds.turns == [2] * 7 * (1 + 2 * gpu.ROUNDS)
+    buffers = [figure.about["buffers"] for figure in figures]
+    assert buffers == [max(2, math.ceil(gpu.COLD / moved)) for moved in TRAFFIC.values()]
+    assert small.seconds.turns == [count for count in buffers for _ in range(1 + 2 * gpu.ROUNDS)]
     step = figures[0]
     own = step.about["microseconds"] / 1e6
     assert step.about["GB/s"] == pytest.approx(16 * 384 / own / 1e9)
@@ -85,20 +91,67 @@ def test_bytes_are_the_least_that_the_machine_code_is_held_to() -> None:
     }
     shape = (2, 3, 8, 8)
     for dtype in gpu.DTYPES:
-        for name, (_, moved) in gpu.kernels(shape, dtype, "cpu").items():
+        assert gpu.traffic(shape, dtype).keys() == gpu.kernels(shape, dtype, "cpu").keys()
+        for name, moved in gpu.traffic(shape, dtype).items():
             elements = 2 * 128 * 2 * 2 if name.startswith("group_norm") else 2 * 3 * 8 * 8
             if variant := variants.get(name, {}).get(dtype.itemsize):
                 assert moved == least[f"{name} {variant}"] * elements
 
 
-def test_buffers_turn_until_no_cache_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(gpu, "kernels", lambda *arguments: made.append(arguments) or {})
-    for shape in gpu.SHAPES:
-        made.clear()
-        gpu.kernel_figures(gpu.Timer("cpu", "", Clock(), lambda: None), shape, torch.float32)
-        state = 4 * math.prod(shape)
-        assert len(made) * state >= gpu.COLD or len(made) == gpu.MOST_BUFFERS
+def addresses(result: Any, least: int) -> list[int]:
+    """Where a call's results of `least` bytes or more begin."""
+    tensors = result if isinstance(result, tuple) else (result,)
+    return [a.data_ptr() for a in tensors if a.nbytes >= least]
+
+
+class Watch(Clock):
+    """Notes where each turn's large results lie, and holds none of them."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.written: list[list[int]] = []
+
+    def __call__(self, calls: Any) -> list[float]:
+        self.written.append([at for call in calls for at in addresses(call(), self.least)])
+        self.turns.append(len(calls))
+        return [1e-3] * len(calls)
+
+
+def test_no_call_of_a_turn_writes_where_another_has(
+    small: gpu.Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, dtype = (2, 3, 8, 8), torch.float32
+    watch = Watch(least=min(TRAFFIC.values()) // 2)
+    timer = gpu.Timer("cpu", "", watch, lambda: None)
+    monkeypatch.setattr(gpu, "COLD", 8 * max(TRAFFIC.values()))
+    gpu.kernel_figures(timer, shape, dtype)
+    assert all(
+        len(turn) == len(set(turn)) >= count for turn, count in zip(watch.written, watch.turns, strict=True)
+    )
+    # without what keeps a turn's results, memory is handed out again at once
+    watch.written.clear()
+    monkeypatch.setattr(gpu, "keeping", lambda call: call)
+    gpu.kernel_figures(timer, shape, dtype)
+    assert any(len(turn) > len(set(turn)) for turn in watch.written)
+
+
+def test_buffers_turn_until_no_cache_holds_what_a_kernel_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = dict.fromkeys(TRAFFIC, lambda: None)
+    monkeypatch.setattr(gpu, "kernels", lambda *arguments: idle)
+    monkeypatch.setattr(gpu, "copy_of", lambda *arguments: idle["normal"])
+    for shape in gpu.KERNEL_SHAPES:
+        for dtype in gpu.DTYPES:
+            figures = gpu.kernel_figures(gpu.Timer("cpu", "", Clock(), lambda: None), shape, dtype)
+            for moved, figure in zip(gpu.traffic(shape, dtype).values(), figures, strict=True):
+                assert figure.about["buffers"] * moved >= gpu.COLD
+
+
+def test_a_kernel_moves_its_bytes_for_longer_than_its_launch_takes() -> None:
+    """By an H100's published bandwidth, a few microseconds."""
+    for shape in gpu.KERNEL_SHAPES:
+        for dtype in gpu.DTYPES:
+            assert min(gpu.traffic(shape, dtype).values()) / 3350e9 >= 5e-6
 
 
 class Recorded:
