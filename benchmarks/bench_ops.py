@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fastdiff as fd
 from benchmarks.bench_memory import peak_bytes
+from benchmarks.bench_step import compiled
 from benchmarks.record import Comparison, Quantity, compare
 from fastdiff.kernels import cpu
 
@@ -32,9 +33,16 @@ GUARD_MEMORY = "tests/test_benchmarks.py::test_loss_that_redraws_its_noise_holds
 
 
 def norm_variants(
-    image: str, layout: str, train: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+    image: str,
+    layout: str,
+    train: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    peers: bool = False,
 ) -> dict[str, Callable[[], Any]]:
     """GroupNorm and SiLU with affine parameters, alone or with the gradients of all three.
+
+    `peers` asks for torch.compile as well.
 
     Raises:
         AssertionError: the results differ by more than float32's rounding.
@@ -55,14 +63,17 @@ def norm_variants(
     def ours() -> Tensor:
         return fd.ops.group_norm_silu(x, groups, weight, bias)
 
+    forward = {"torch": eager, "fastdiff": ours} | ({"torch.compile": compiled(eager)} if peers else {})
     near = 1e-4 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(ours(), eager(), rtol=near, atol=near)
+    for run in forward.values():
+        torch.testing.assert_close(run(), eager(), rtol=near, atol=near)
     if not train:
-        return {"torch": eager, "fastdiff": ours}
-    return {
-        "torch": lambda: torch.autograd.backward(eager(), grad),
-        "fastdiff": lambda: torch.autograd.backward(ours(), grad),
-    }
+        return forward
+    return {label: partial(_with_gradient, run, grad) for label, run in forward.items()}
+
+
+def _with_gradient(run: Callable[[], Tensor], grad: Tensor) -> None:
+    torch.autograd.backward(run(), grad)
 
 
 def norm_speed(image: str, layout: str, train: bool = False, rounds: int = 15) -> Comparison:
@@ -82,8 +93,12 @@ def norm_speed(image: str, layout: str, train: bool = False, rounds: int = 15) -
     )
 
 
-def loss_variants(shape: tuple[int, ...] = LOSS_SHAPE, device: str = "cpu") -> dict[str, Callable[[], Any]]:
+def loss_variants(
+    shape: tuple[int, ...] = LOSS_SHAPE, device: str = "cpu", peers: bool = False
+) -> dict[str, Callable[[], Any]]:
     """The loss of a network's output and its gradient, with the noise stored, and drawn again.
+
+    `peers` asks for torch.compile as well.
 
     Raises:
         AssertionError: the two losses or gradients differ by more than float32's rounding.
@@ -96,17 +111,21 @@ def loss_variants(shape: tuple[int, ...] = LOSS_SHAPE, device: str = "cpu") -> d
     _, noise = fd.ops.q_sample(x0, levels, t, *key, target="eps")
     out = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
 
-    def stored() -> tuple[Tensor, Tensor]:
-        loss = F.mse_loss(out, noise)
+    def stored(mse_loss: Callable[..., Tensor] = F.mse_loss) -> tuple[Tensor, Tensor]:
+        loss = mse_loss(out, noise)
         return loss.detach(), torch.autograd.grad(loss, out)[0]
 
     def redrawn() -> tuple[Tensor, Tensor]:
         loss = fd.ops.denoising_loss(out, x0, levels, t, *key).mean()
         return loss.detach(), torch.autograd.grad(loss, out)[0]
 
-    for ours, theirs in zip(redrawn(), stored(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7 / math.prod(shape[1:]))
-    return {"mse_loss, noise stored": stored, "fastdiff": redrawn}
+    variants: dict[str, Callable[[], Any]] = {"mse_loss, noise stored": stored, "fastdiff": redrawn}
+    if peers:
+        variants["torch.compile, noise stored"] = partial(stored, compiled(F.mse_loss))
+    for run in variants.values():
+        for ours, theirs in zip(run(), stored(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7 / math.prod(shape[1:]))
+    return variants
 
 
 def loss_speed(rounds: int = 15) -> Comparison:

@@ -57,6 +57,16 @@ def plain_step(solver: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tens
     return step
 
 
+def compiled(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A baseline by torch.compile, for its own task alone.
+
+    One code object called with shape after shape is compiled for all shapes at once, and slower: what was
+    compiled for another task is forgotten, and each size is a constant.
+    """
+    torch._dynamo.reset()
+    return torch.compile(run, fullgraph=True, dynamic=False, **options)
+
+
 def step_variants(
     solver: str, shape: tuple[int, ...] = SHAPE, peers: bool = True, device: str = "cpu"
 ) -> dict[str, Callable[[], Any]]:
@@ -88,8 +98,7 @@ def step_variants(
             fd.ops.reverse_step(state, out, packed, row, seed=0)
 
     plain = plain_step(solver)
-    compiled = torch.compile(plain, fullgraph=True)
-    variants |= {"torch": partial(plain, x, out), "torch.compile": partial(compiled, x, out)}
+    variants |= {"torch": partial(plain, x, out), "torch.compile": partial(compiled(plain), x, out)}
     return variants | ({"fastdiff, no C++ compiler": uncompiled} if device == "cpu" else {})
 
 
@@ -112,22 +121,22 @@ def step_speed(
         )
 
 
-def check_step(solver: str) -> None:
+def check_step(solver: str, device: str = "cpu") -> None:
     """Hold our step against diffusers' on the same noise: no figure for two different things.
 
     Raises:
         AssertionError: they differ by more than float32's rounding of diffusers' tables and sums.
     """
     shape = (2, 3, 8, 8)
-    x, out = torch.randn(shape), torch.randn(shape)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x, out = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
     options = {"use_clipped_model_output": True} if solver == "ddim" else {}
     theirs = schedulers()[solver].step(
         out, T - 1 - ROW, x, generator=torch.Generator().manual_seed(1), **options
     )
     ours = x.clone()
-    row = torch.full((2,), ROW, dtype=torch.int32)
-    fd.ops.reverse_step(ours, out, table(solver).pack(), row, noise=noise)
+    row = torch.full((2,), ROW, dtype=torch.int32, device=device)
+    fd.ops.reverse_step(ours, out, table(solver).pack().to(device), row, noise=noise)
     # alpha_bar is a product of 500 float32 factors there: 500 ulp at most, of values up to 4
     torch.testing.assert_close(ours, theirs.prev_sample, rtol=0, atol=500 * 4 * 2**-24)
 

@@ -13,8 +13,10 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -166,34 +168,44 @@ def kernel_figures(timer: Timer, shape: tuple[int, ...], dtype: torch.dtype) -> 
             "GB/s of the copy": moved / copy / 1e9,
             "buffers": count,
         }
-        label = f"{name}, {'x'.join(map(str, shape))} {kind}"
+        label = f"{name}, {words(shape)} {kind}"
         figures.append(Quantity("gpukernels", label, 100 * copy / own, "% of a copy", None, about))
     return figures
 
 
-def operator_figures(timer: Timer, rounds: int = 15) -> list[Comparison]:
-    """Whole calls of operators against what they stand for."""
-    device = timer.device
-    tasks: list[tuple[str, dict[str, Call], str]] = []
+def operator_figures(timer: Timer, rounds: int = 15) -> Iterator[Comparison]:
+    """Whole calls of operators against what they stand for, each task made when its turn comes.
+
+    Raises:
+        AssertionError: two variants of a task do not compute the same.
+    """
+    for name, make, baseline in _tasks(timer.device):
+        yield compare("gpuops", name, make(), baseline, rounds=rounds, settle=timer.settle, device=timer.name)
+
+
+def _tasks(device: str) -> Iterator[tuple[str, Callable[[], dict[str, Call]], str]]:
+    """Each task's name, what makes its variants, and the one that the others are compared with."""
     for solver in ("ddpm", "ddim"):
+        bench_step.check_step(solver, device)
         for shape in SHAPES:
-            variants = bench_step.step_variants(solver, shape, device=device)
-            variants.pop("fastdiff, no C++ compiler", None)
-            tasks.append((f"{solver} step, {'x'.join(map(str, shape))}", variants, "diffusers"))
-    loss = bench_ops.loss_variants(SHAPES[-1], device)
-    tasks.append((f"loss and gradient, {'x'.join(map(str, SHAPES[-1]))}", loss, next(iter(loss))))
-    for image in bench_ops.IMAGES:
-        for layout in bench_ops.FORMATS:
-            for train in (False, True):
-                made = bench_ops.norm_variants(image, layout, train, device, torch.bfloat16)
-                if not train:
-                    made["torch.compile"] = torch.compile(made["torch"], fullgraph=True)
-                what = "forward and gradient" if train else "forward"
-                tasks.append((f"GroupNorm and SiLU, {image} {layout}, {what}", made, "torch"))
-    return [
-        compare("gpuops", name, variants, baseline, rounds=rounds, settle=timer.settle, device=timer.name)
-        for name, variants, baseline in tasks
-    ]
+            yield f"{solver} step, {words(shape)}", partial(_step, solver, shape, device), "diffusers"
+    loss = partial(bench_ops.loss_variants, SHAPES[-1], device, peers=True)
+    yield f"loss and gradient, {words(SHAPES[-1])}", loss, "mse_loss, noise stored"
+    for image, layout, train in product(bench_ops.IMAGES, bench_ops.FORMATS, (False, True)):
+        norm = partial(bench_ops.norm_variants, image, layout, train, device, torch.bfloat16, peers=True)
+        what = "forward and gradient" if train else "forward"
+        yield f"GroupNorm and SiLU, {image} {layout}, {what}", norm, "torch"
+
+
+def _step(solver: str, shape: tuple[int, ...], device: str) -> dict[str, Call]:
+    variants = bench_step.step_variants(solver, shape, device=device)
+    variants.pop("fastdiff, no C++ compiler", None)
+    return variants
+
+
+def words(shape: tuple[int, ...]) -> str:
+    """A shape as names of results have it: 16x3x256x256."""
+    return "x".join(map(str, shape))
 
 
 def measure(timer: Timer, folder: Path = RESULTS, rounds: int = 15) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_ops, gpu, record, report
+from benchmarks import bench_ops, bench_step, gpu, record, report
 
 
 class Clock:
@@ -41,7 +41,14 @@ def test_every_figure_is_measured_and_kept_as_the_other_benchmarks_keep_theirs(
     small: gpu.Timer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(gpu, "compare", lambda *a, **k: record.compare(*a, **(k | {"least_seconds": 0})))
+    order: list[tuple[str, ...]] = []
+    check, made, timed = bench_step.check_step, bench_step.step_variants, gpu.compare
+    monkeypatch.setattr(bench_step, "check_step", lambda *a: order.append(("check", *a)) or check(*a))
+    monkeypatch.setattr(bench_step, "step_variants", lambda *a, **k: order.append(("make",)) or made(*a, **k))
+    monkeypatch.setattr(gpu, "compare", lambda *a, **k: order.append(("time",)) or timed(*a, **k))
     paths = gpu.measure(small, tmp_path, rounds=1)
+    steps = [("check", "ddpm", "cpu"), *[("make",), ("time",)] * 2, ("check", "ddim", "cpu")]
+    assert order[: len(steps)] == steps  # what is made together would be compiled together
     assert {path.parent.name for path in paths} == {"made-up-device"}
     assert len(set(paths)) == len(paths)
     groups = report.results(tmp_path)
@@ -55,6 +62,7 @@ def test_every_figure_is_measured_and_kept_as_the_other_benchmarks_keep_theirs(
     assert len(kernels) == len(names) * 2 * 2
     operators = [result for result, _ in groups["gpuops"]]
     assert {"diffusers", "fastdiff", "torch", "torch.compile"} == set(operators[0].times)
+    assert all(any(label.startswith("torch.compile") for label in result.times) for result in operators)
     assert all("fastdiff" in result.speed_ups for result in operators)
     assert "reverse_step, 2x3x8x8 bfloat16: " in capsys.readouterr().out
 
@@ -152,6 +160,25 @@ def test_a_kernel_moves_its_bytes_for_longer_than_its_launch_takes() -> None:
     for shape in gpu.KERNEL_SHAPES:
         for dtype in gpu.DTYPES:
             assert min(gpu.traffic(shape, dtype).values()) / 3350e9 >= 5e-6
+
+
+def test_baselines_are_compiled_for_constant_shapes() -> None:
+    """Through all tasks, though one code object serves each solver's step."""
+    seen: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        seen.append(any(isinstance(a, torch.SymInt) for a in examples))
+        return graph.forward
+
+    def run(compile: Any) -> list[bool]:
+        seen.clear()
+        for n in (8, 9, 10):
+            x = torch.randn(2, n)
+            compile(bench_step.plain_step("ddim"), backend=backend)(x, x)
+        return seen
+
+    assert run(bench_step.compiled) == [False] * 3
+    assert True in run(torch.compile)
 
 
 class Recorded:
