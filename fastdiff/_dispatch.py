@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
@@ -358,23 +357,6 @@ def _step_of(
     x0_scale = _x0_scale(state[0], state[2], small) if threshold else None
     operands = (*state, *small, _flat(_dense(noise)), x0_scale, *image, _flat(preview))
     return Step._make(operands)
-
-
-def bound_reverse_step(*operands: Any) -> Callable[[torch.Tensor, torch.Tensor | None], bool] | None:
-    """`reverse_step_` for rows that share all but `out` and `noise`; None where there is no quicker way."""
-    from fastdiff.kernels import cpu
-    from fastdiff.kernels._reverse_step_cpu import bound_native
-
-    native = cpu.library() if os.environ.get("FASTDIFF_BACKEND", "torch") == "torch" else None
-    *_, thresholds, _known, _mask, _preview = operands
-    if native is None or thresholds:  # the factor of which is a row's own
-        return None
-    step = _step_of(*operands)
-    if step.x.device.type != "cpu" or step.out.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if step.u is not None and step.u.dtype != step.out.dtype:
-        return None
-    return bound_native(native, step)
 
 
 def _x0_scale(x: torch.Tensor, out: torch.Tensor, small: list[Any]) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastdiff import _dispatch
 from fastdiff._arguments import noise_key, require
 
 if TYPE_CHECKING:
@@ -185,3 +187,20 @@ def advance(
     if lane_row is not None:
         require("lane_row", lane_row, dtype=torch.int32, device=row.device, shape=tuple(t.shape), dense=True)
     torch.ops.fastdiff.advance_(row, table.coef, t, last, cond_lane, uncond_lane, lane_row)
+
+
+def bound_reverse_step(*operands: Any) -> Callable[[torch.Tensor, torch.Tensor | None], bool] | None:
+    """`reverse_step_` for rows that share all but `out` and `noise`; None where there is no quicker way."""
+    from fastdiff.kernels import cpu
+    from fastdiff.kernels._reverse_step_cpu import bound_native
+
+    native = cpu.library() if os.environ.get("FASTDIFF_BACKEND", "torch") == "torch" else None
+    *_, thresholds, _known, _mask, _preview = operands
+    if native is None or thresholds:  # the factor of which is a row's own
+        return None
+    step = _dispatch._step_of(*operands)
+    if step.x.device.type != "cpu" or step.out.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if step.u is not None and step.u.dtype != step.out.dtype:
+        return None
+    return bound_native(native, step)

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fastdiff import ops
-from fastdiff._dispatch import bound_reverse_step
+from fastdiff._step import bound_reverse_step
 from fastdiff.editing import Ending
 from fastdiff.lanes import Lanes
 from fastdiff.nn import EmbeddingTable, RowTimes, embedding_table, prediction_of
