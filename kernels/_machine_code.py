@@ -1,4 +1,4 @@
-"""Reads compiled kernels: SASS and AMD assembly in basic blocks, with slow paths told apart.
+"""Reads compiled kernels: SASS and AMD assembly in basic blocks, slow paths told apart; what tensors move.
 
 A correctly rounded square root is a short sequence, and a called function for the few operands (0,
 infinities, denormals) where that fails. The call's block, the one it returns to and the function are a slow
@@ -12,8 +12,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 _INSTRUCTION = re.compile(r"^(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;$")
@@ -100,6 +101,49 @@ def amd(assembly: str) -> Code:
     return Code(executed, 0, int(fields["vgpr_count"]), stack, shared, spills)
 
 
+def addressed(ptx: str) -> Counter[tuple[int, int]]:
+    """One thread's accesses to global memory as the compiler lists them: (the parameter's number, bits).
+
+    An address is followed to the parameter that its arithmetic starts from; the assembler keeps the widths.
+    """
+    begins: dict[str, int] = {}
+    found: Counter[tuple[int, int]] = Counter()
+    for line in ptx.splitlines():
+        if m := re.search(r"ld\.param\.[bu]64\s+(%\w+), \[\w+_param_(\d+)\]", line):
+            begins[m[1]] = int(m[2])
+        elif m := re.search(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\s.*\[\s*(%\w+)", line):
+            found[begins[m[3]], int(m[1] or 1) * int(m[2])] += 1
+        elif m := re.search(r"\b(?:add|mad|mov|sub|selp)\.\S+\s+(%\w+), (.*);", line):
+            begins.update((m[1], begins[a]) for a in re.findall(r"%\w+", m[2]) if a in begins)
+    return found
+
+
+def tensor_bytes(ttir: str) -> dict[int, int]:
+    """Bytes that one program's loads and stores of its largest blocks move, by the parameter's number."""
+    names = re.findall(
+        r"(%\w+): (?:!tt\.ptr|i\d)", next(x for x in ttir.splitlines() if "tt.func public" in x)
+    )
+    begins = {name: i for i, name in enumerate(names)}
+    found = []
+    for line in ttir.splitlines():
+        if m := re.search(r"(%\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) (%\w+)", line):
+            begins |= {m[1]: begins[m[2]]} if m[2] in begins else {}
+        if m := re.search(r"tt\.(?:load|store) (%\w+).*?: tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", line):
+            found.append((begins[m[1]], prod(map(int, m[2].split("x")[:-1])), int(m[3]) // 8))
+    largest = max((size for _, size, _ in found), default=0)
+    moved: dict[int, int] = {}
+    for parameter, size, width in found:
+        if size == largest:
+            moved[parameter] = moved.get(parameter, 0) + size * width
+    return moved
+
+
+def wide_share(ptx: str, full: Collection[int]) -> float:
+    """The share of the bytes of the parameters `full` that accesses of 128 bits or more move."""
+    bits = [(width, width * n) for (i, width), n in addressed(ptx).items() if i in full]
+    return sum(n for width, n in bits if width >= 128) / max(1, sum(n for _, n in bits))
+
+
 def _output(tool: Path, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
@@ -108,6 +152,7 @@ def _split(lines: Iterable[str]) -> tuple[tuple[str, ...], int]:
     """Executed opcodes, and the number of instructions in slow paths."""
     blocks: list[list[str]] = [[]]
     called = 0  # the first block of the functions that slow paths call
+    slow: set[int] = set()
     for line in lines:
         line = re.sub(r"/\*.*?\*/", "", line).strip()
         if line.startswith("$__internal") and line.endswith(":") and not called:
@@ -117,12 +162,11 @@ def _split(lines: Iterable[str]) -> tuple[tuple[str, ...], int]:
             blocks.append([])
         elif m := _INSTRUCTION.match(line):
             blocks[-1].append(m[1])
+            if m[1].startswith("CALL") and "$__internal" in line:  # others call a part of the kernel itself
+                slow |= {len(blocks) - 1, len(blocks)}
             if m[1].startswith(("BRA", "EXIT", "CALL", "RET")):
                 blocks.append([])
-    slow: set[int] = set(range(called, len(blocks)) if called else ())
-    for i, block in enumerate(blocks):
-        if block and block[-1].startswith("CALL"):
-            slow |= {i, i + 1}
+    slow |= set(range(called, len(blocks)) if called else ())
     executed = (op for i, block in enumerate(blocks) if i not in slow for op in block)
     return tuple(op for op in executed if op != "NOP"), sum(len(blocks[i]) for i in slow)
 

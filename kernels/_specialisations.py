@@ -146,9 +146,10 @@ def group_norm_silu(
 
 def _norms() -> tuple[Specialisation, ...]:
     """`group_norm_silu` and its gradient, once over x (32x32) and twice (128x128)."""
-    once, twice, bf16, fp32 = 32 * 32, 128 * 128, torch.bfloat16, torch.float32
+    once, twice, bf16, fp16, fp32 = 32 * 32, 128 * 128, torch.bfloat16, torch.float16, torch.float32
     rows: tuple[tuple[str, float, int, tuple[Any, ...]], ...] = (
         ("once bf16", 4, 0, (once, bf16)),
+        ("once fp16", 4, 0, (once, fp16)),
         ("once fp32", 8, 0, (once, fp32)),
         ("once fp32 last", 8, 0, (once, fp32, True)),
         ("moments bf16", 2, 0, (twice, bf16)),
@@ -156,6 +157,7 @@ def _norms() -> tuple[Specialisation, ...]:
         ("y bf16", 4, 2, (twice, bf16)),
         ("y bf16 last", 4, 2, (twice, bf16, True)),
         ("gradient once bf16", 6, 0, (once, bf16, False, True)),
+        ("gradient once fp16", 6, 0, (once, fp16, False, True)),
         ("gradient sums bf16", 4, 0, (twice, bf16, False, True)),
         ("gradient bf16", 6, 1, (twice, bf16, False, True)),
         ("gradient bf16 last", 6, 1, (twice, bf16, True, True)),
@@ -181,6 +183,7 @@ def advance(batch: int = _BATCH) -> None:
 IN_USE = (
     Specialisation("reverse_step", "K=0 bf16", reverse_step, 12),
     Specialisation("reverse_step", "K=0 fp32", lambda: reverse_step(dtype=torch.float32), 16),
+    Specialisation("reverse_step", "K=0 fp16", lambda: reverse_step(dtype=torch.float16), 12),
     Specialisation("reverse_step", "K=0 bf16 guided", lambda: reverse_step(guided=True), 16),
     Specialisation("reverse_step", "K=0 bf16 learned", lambda: reverse_step(learned=True), 14),
     Specialisation("reverse_step", "K=1 bf16", lambda: reverse_step(1), 20),
@@ -191,13 +194,15 @@ IN_USE = (
     Specialisation("threshold", "last count bf16", threshold, 6, PASSES - 1),
     Specialisation("threshold", "next above bf16", threshold, 6, PASSES),
     Specialisation("q_sample", "bf16", q_sample, 6),
+    Specialisation("q_sample", "fp16", lambda: q_sample(dtype=torch.float16), 6),
     Specialisation("q_sample", "bf16 eps", lambda: q_sample("eps"), 10),
     Specialisation("q_sample", "fp32 v", lambda: q_sample("v", torch.float32), 12),
     Specialisation("denoising_loss", "bf16 eps", denoising_loss, 4),
+    Specialisation("denoising_loss", "fp16 eps", lambda: denoising_loss(dtype=torch.float16), 4),
     Specialisation("denoising_loss", "fp32 v", lambda: denoising_loss("v", torch.float32), 12),
     Specialisation("vlb_terms", "bf16 learned, both paths", vlb_terms, 14),
     Specialisation("vlb_terms", "fp32 fixed, both paths", lambda: vlb_terms(False, torch.float32), 16),
     Specialisation("normal", "fp32", normal, 4),
-    Specialisation("advance", "int32", advance, 0),
+    Specialisation("advance", "int32", advance, 16),  # for each slot: its row, read and written, and a time
     *_norms(),
 )

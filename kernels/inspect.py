@@ -1,20 +1,20 @@
-"""What compiled kernels cost, from their machine code alone: no GPU is needed, and none is asked.
+"""What compiled kernels cost, from machine code and the compiler's listings: no GPU is needed, none is asked.
 
     for row in report(): print(row)
     print(to_table(report(("sm_90",))))
 
-Each kernel is compiled ahead of time, as its own launcher would have it compiled, for named targets. The last
-column says what would bound it on real devices, from published peak rates: a model, not a measurement.
+Each kernel is compiled ahead of time, as its own launcher would have it compiled, for named targets. Bytes
+come from Triton's intermediate code, the tensor that an access belongs to from PTX, all else from machine
+code. The last column says what would bound it on real devices, from published peak rates: a model, not a
+measurement.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from . import _machine_code, _specialisations
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 NOTE = (
-    "From machine code alone; what bounds a kernel is a model from published peak rates, not a measurement."
+    "From machine code and the compiler's own listings; "
+    "what bounds a kernel is a model from published peak rates, not a measurement."
 )
 
 
@@ -68,7 +69,8 @@ class Report:
         pipes: the executed ones by the unit that runs them.
         fused: fused multiply-adds outside of square roots, in one thread's code; an exact kernel has none.
         accesses: executed accesses to global memory of one thread, "load 128" -> how many.
-        wide: share of the full tensors' bytes that 128-bit accesses move.
+        wide: share of the full tensors' bytes that 128-bit accesses move; None where no listing says which
+            tensor an access belongs to (AMD).
         traffic, least: bytes read and written, and the least that its operands allow.
         bounds: device -> what takes longest there, and how long against its memory traffic.
     """
@@ -86,7 +88,7 @@ class Report:
     pipes: dict[str, float]
     fused: int
     accesses: dict[str, int]
-    wide: float
+    wide: float | None
     traffic: float
     least: float
     bounds: dict[str, tuple[str, float]]
@@ -124,15 +126,14 @@ def read(compiled: Any, launch: Launch, target: str, s: _specialisations.Special
     elements = launch.arguments["BLOCK"]
     threads = compiled.metadata.num_warps * (64 if is_amd else 32)
     a_lane = threads / elements
-    moved = tensor_bytes(compiled.asm["ttir"])
-    wide = sum(count * 16 for (_, bits), count in code.accesses.items() if bits == 128) * threads
+    full = _machine_code.tensor_bytes(compiled.asm["ttir"])
     pipes = {name: count * a_lane for name, count in sorted(code.pipes.items())}
-    executed, traffic = len(code.executed) * a_lane, moved / elements
+    executed, traffic = len(code.executed) * a_lane, sum(full.values()) / elements
     return Report(
         s.kernel, s.variant, target, code.registers, code.stack, code.spills, code.shared, code.barriers,
         executed, code.slow * a_lane, pipes, 0 if is_amd else code.fused_outside_roots,
         {f"{kind} {bits}": count for (kind, bits), count in sorted(code.accesses.items())},
-        wide / moved if moved else 0.0, traffic, s.least,
+        None if is_amd else _machine_code.wide_share(compiled.asm["ptx"], full), traffic, s.least,
         {d.name: _bound(d, executed, pipes, traffic) for d in DEVICES if d.target == target},
     )  # fmt: skip
 
@@ -196,14 +197,6 @@ _TYPES = {
 }  # fmt: skip
 
 
-def tensor_bytes(ttir: str) -> int:
-    """Bytes that one program's loads and stores of its largest blocks move, each counted once."""
-    found = re.findall(r"tt\.(?:load|store) .*?: tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", ttir)
-    sizes = [(prod(map(int, shape.split("x")[:-1])), int(bits) // 8) for shape, bits in found]
-    largest = max((size for size, _ in sizes), default=0)
-    return sum(size * width for size, width in sizes if size == largest)
-
-
 def _bound(d: Device, executed: float, pipes: dict[str, float], traffic: float) -> tuple[str, float]:
     """What takes longest on a device, and that against the memory's time."""
     clocks = d.multiprocessors * d.clock
@@ -232,7 +225,8 @@ def to_table(rows: Sequence[Report]) -> str:
         bounds = ", ".join(f"{device} {what} {ratio:.2f}x" for device, (what, ratio) in r.bounds.items())
         accesses = ", ".join(f"{what} x{count}" for what, count in r.accesses.items())
         numbers = (r.registers, r.stack, r.spills, r.shared, f"{r.executed:.1f}", f"{r.slow:.1f}", *pipes)
-        ends = (r.fused, f"{100 * r.wide:.0f}%", f"{r.traffic:g}", f"{r.least:g}", bounds or "-", accesses)
+        wide = "-" if r.wide is None else f"{100 * r.wide:.0f}%"
+        ends = (r.fused, wide, f"{r.traffic:g}", f"{r.least:g}", bounds or "-", accesses)
         lines.append((r.kernel, r.variant, r.target, *map(str, numbers), *map(str, ends)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

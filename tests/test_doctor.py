@@ -30,6 +30,11 @@ def test_table_names_every_kernel_and_says_that_it_is_a_model(few: None) -> None
     lines = text.strip().splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == ["normal"] * 2 + ["advance"] * 2
     assert lines[-1] == inspect.NOTE
+    # neither a share above all nor more bytes than the least
+    shown = [(r.wide, r.traffic, r.least) for r in inspect.report(["sm_80", "sm_90"])]
+    assert shown == [(1.0, 4.0, 4)] * 2 + [(0.0, 16.0, 16)] * 2
+    assert lines[1].split()[13:16] == ["100%", "4", "4"]
+    assert lines[3].split()[13:16] == ["0%", "16", "16"]
 
 
 def test_json_is_the_report(few: None) -> None:

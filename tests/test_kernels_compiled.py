@@ -1,4 +1,4 @@
-"""The machine code of the kernels, compiled without a GPU: budgets, widths, addresses, and how it is read."""
+"""The machine code of the kernels, compiled without a GPU: budgets, widths, addresses."""
 
 from __future__ import annotations
 
@@ -29,8 +29,14 @@ BUDGETS = {  # executed instructions per element, registers
     "reverse_step K=0 bf16 learned": (120, 64),
     "reverse_step K=1 bf16": (105, 72),
     "reverse_step K=3 bf16": (156, 128),
+    "reverse_step K=0 fp16": (90, 64),
     "q_sample bf16": (65, 64),
+    "q_sample fp16": (65, 64),
+    "q_sample bf16 eps": (75, 64),
+    "q_sample fp32 v": (65, 64),
     "denoising_loss bf16 eps": (70, 64),
+    "denoising_loss fp16 eps": (70, 64),
+    "denoising_loss fp32 v": (80, 64),
     "vlb_terms bf16 learned, both paths": (280, 128),  # of which a sample takes one
     "vlb_terms fp32 fixed, both paths": (230, 112),
     "normal fp32": (60, 64),
@@ -38,12 +44,15 @@ BUDGETS = {  # executed instructions per element, registers
 
 NORM_BUDGETS = {
     "group_norm_silu once bf16": (50, 64),
+    "group_norm_silu once fp16": (50, 64),
     "group_norm_silu once fp32": (50, 64),
     "group_norm_silu once fp32 last": (55, 64),
     "group_norm_silu moments bf16": (35, 64),
+    "group_norm_silu moments bf16 last": (60, 64),
     "group_norm_silu y bf16": (40, 64),
     "group_norm_silu y bf16 last": (50, 64),
     "group_norm_silu gradient once bf16": (60, 64),
+    "group_norm_silu gradient once fp16": (60, 64),
     "group_norm_silu gradient sums bf16": (55, 64),
     "group_norm_silu gradient bf16": (50, 64),
     "group_norm_silu gradient bf16 last": (65, 96),
@@ -104,8 +113,24 @@ def test_group_norm_reads_x_once_or_twice_in_128_bit_accesses_without_spills(nam
     assert got.registers <= registers
     assert (got.spills, got.stack, got.slow) == (0, 0, 0)
     assert got.traffic == got.least
-    # channels_last also reads its channels' parameters in 128-bit accesses
-    assert got.wide == 1.0 or (name.endswith("last") and got.wide > 1.0)
+    assert got.wide == 1.0
+
+
+ADVANCE = "advance int32"  # a gather of a few bytes for each slot: no width to hold
+
+
+@budget
+@pytest.mark.parametrize("target", NVIDIA)
+def test_advance_moves_a_row_and_a_time_for_each_slot(target: str) -> None:
+    got = examined(ADVANCE, target)
+    assert got.executed <= 30
+    assert got.registers <= 48
+    assert (got.spills, got.stack, got.slow, got.fused) == (0, 0, 0, 0)
+    assert got.traffic == got.least == 16
+
+
+def test_every_specialisation_in_use_has_one_budget() -> None:
+    assert sorted([*BUDGETS, *NORM_BUDGETS, *RARE_BUDGETS, ADVANCE]) == sorted(VARIANTS)
 
 
 def test_group_norm_starts_two_programs_for_each_multiprocessor_at_batch_1() -> None:
@@ -137,12 +162,37 @@ def test_accesses_that_are_not_wide_are_noticed() -> None:
     assert inspect.read(compiled, launch, "sm_90", VARIANTS["normal fp32"]).wide == 0.0
 
 
+def test_wide_accesses_to_parameters_do_not_stand_for_narrow_ones_to_tensors() -> None:
+    """Those to channels' parameters move more than x and y have together; a store of y made narrow shows."""
+    name = "group_norm_silu y bf16 last"
+    launch = inspect.launches(VARIANTS[name].launch)[VARIANTS[name].index]
+    compiled = inspect.compile_for(launch, "sm_90")
+    full, ptx = _machine_code.tensor_bytes(compiled.asm["ttir"]), compiled.asm["ptx"]
+    assert [list(launch.arguments)[i] for i in sorted(full)] == ["y_ptr", "x_ptr"]
+    narrow = ptx.replace("st.global.v4.b32", "st.global.b32")
+    wide = sum(n for (i, bits), n in _machine_code.addressed(narrow).items() if bits == 128 and i not in full)
+    assert wide > 2
+    assert _machine_code.wide_share(ptx, full) == 1.0
+    assert _machine_code.wide_share(narrow, full) == 16 / (16 + 4)
+
+
+@pytest.mark.parametrize("name", ["reverse_step K=0 bf16 known", "group_norm_silu gradient bf16 last"])
+def test_the_assembler_keeps_the_widths_of_the_listing_that_names_the_tensors(name: str) -> None:
+    launch = inspect.launches(VARIANTS[name].launch)[VARIANTS[name].index]
+    compiled = inspect.compile_for(launch, "sm_90")
+    listed = _machine_code.addressed(compiled.asm["ptx"])
+    executed = _machine_code.nvidia(compiled.asm["cubin"]).accesses
+    wide = [sum(n for (_, bits), n in accesses.items() if bits == 128) for accesses in (listed, executed)]
+    assert wide[0] == wide[1] > 0
+
+
 def test_kernels_compile_for_amd_without_spills() -> None:
     got = examined("reverse_step K=0 bf16", "gfx942")
     assert (got.spills, got.stack) == (0, 0)
     assert got.traffic == got.least
     assert got.accesses["store 128"] > 0
     assert got.bounds == {}
+    assert got.wide is None
 
 
 @pytest.mark.parametrize("n", [3 * 32 * 32, 2**31 + 16])
@@ -268,63 +318,6 @@ def test_launcher_fits_the_limits_of_the_grid() -> None:
         assert options["BLOCK"] == 256 * options["num_warps"]
 
 
-SASS = """
-.text.kernel:
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-        /*0010*/              @P1  LDG.E.128 R4, desc[UR4][R2.64] ;
-        /*0020*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;
-        /*0030*/                   MUFU.RSQ R9, R8 ;
-        /*0040*/             @!P0  BRA `(.L_x_1) ;
-        /*0050*/                   MOV R10, 0x70 ;
-        /*0060*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath) ;
-        /*0070*/                   MOV R11, R12 ;
-        /*0080*/                   BRA `(.L_x_2) ;
-.L_x_1:
-        /*0090*/                   FFMA R9, R9, R9, R8 ;
-        /*00a0*/                   FFMA R9, R9, R9, R8 ;
-.L_x_2:
-        /*00b0*/                   STG.E desc[UR4][R2.64], R9 ;
-        /*00c0*/                   EXIT ;
-$__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath:
-        /*00d0*/                   FFMA R9, R9, R9, R8 ;
-        /*00e0*/                   RET.REL.NODEC R10 `(kernel) ;
-.L_x_3:
-        /*00f0*/                   BRA `(.L_x_3);
-        /*0100*/                   NOP;
-"""
-
-
-def test_slow_paths_are_told_from_executed_ones() -> None:
-    executed, slow = _machine_code._split(SASS.splitlines())
-    ops = ["LDC", "LDG.E.128", "LDG.E.U16", "MUFU.RSQ", "BRA", "FFMA", "FFMA", "STG.E", "EXIT"]
-    assert list(executed) == ops
-    assert slow == 8
-    code = _machine_code.Code(executed, slow, 0, 0, 0, 0)
-    assert code.fused_outside_roots == 0
-    assert code.accesses == {("load", 128): 1, ("load", 16): 1, ("store", 32): 1}
-    assert code.pipes == {"memory": 4, "special": 1, "multiply-add": 2, "control": 2}
-
-
-@pytest.mark.parametrize(
-    ("op", "pipe", "bits"),
-    [
-        ("IMAD.WIDE.U32", "multiply-add", 32),
-        ("I2FP.F32.U32", "integer and logic", 32),
-        ("I2F.RP", "special", 32),
-        ("UIADD3", "uniform", 32),
-        ("LOP3.LUT", "integer and logic", 32),
-        ("LDG.E.64", "memory", 64),
-        ("global_load_dwordx4", "memory", 128),
-        ("global_store_short", "memory", 16),
-        ("v_mul_f32_e32", "multiply-add", 32),
-        ("s_add_u32", "uniform", 32),
-        ("s_waitcnt", "control", 32),
-    ],
-)
-def test_instructions_are_sorted_by_unit_and_width(op: str, pipe: str, bits: int) -> None:
-    assert (_machine_code._pipe(op), _machine_code._bits(op)) == (pipe, bits)
-
-
 def test_bound_is_the_slowest_of_memory_issue_and_units() -> None:
     h100, h200 = (d for d in inspect.DEVICES if d.target == "sm_90")
     # 12 bytes take 106 issue slots of an H100's 132 x 4 schedulers at 1.755 GHz, and 74 of an H200's
@@ -346,6 +339,7 @@ def test_report_prints_as_table_and_json_and_says_that_it_is_a_model() -> None:
     assert table[0].split()[-1] == "accesses"
     assert f"load 128 x{rows[0].accesses['load 128']}" in table[1]
     assert table[-1] == inspect.NOTE
+    assert "the compiler's own listings" in inspect.NOTE
     assert "not a measurement" in inspect.NOTE
     read = json.loads(inspect.to_json(rows))
     assert read["note"] == inspect.NOTE
