@@ -7,9 +7,11 @@ import json
 import re
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs Triton")
 import triton
@@ -133,6 +135,34 @@ def test_every_specialisation_in_use_has_one_budget() -> None:
     assert sorted([*BUDGETS, *NORM_BUDGETS, *RARE_BUDGETS, ADVANCE]) == sorted(VARIANTS)
 
 
+def test_launchers_of_chains_and_noise_allocate_nothing_on_dense_operands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[str] = []
+
+    class Notes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def noted(launcher: Callable[..., None]) -> Callable[..., None]:
+        def run(*operands: Any, **named: Any) -> None:
+            with Notes():
+                launcher(*operands, **named)
+
+        return run
+
+    names = ("reverse_step", "q_sample", "normal", "advance", "denoising_loss")
+    for name in (f"{name}_triton" for name in names):
+        monkeypatch.setattr(_specialisations, name, noted(getattr(_specialisations, name)))
+    for s in IN_USE:
+        if s.kernel in names[:-1]:
+            assert inspect.launches(s.launch)
+            assert made == [], s
+    inspect.launches(_specialisations.denoising_loss)
+    assert any("empty" in name for name in made)  # a sum's parts are noticed
+
+
 def test_group_norm_starts_two_programs_for_each_multiprocessor_at_batch_1() -> None:
     for n in (64 * 64, 128 * 128, 1000 * 1000):
         for last in (False, True):
@@ -223,26 +253,9 @@ def test_the_scale_of_a_threshold_is_one_warp_without_spills(target: str) -> Non
 # the tensors of as many elements as there are, or of a number for each channel of each sample, which is as
 # many where N = 1; others are indexed by sample, group or program
 FULL = [
-    "x",
-    "y",
-    "out",
-    "u",
-    "reg",
-    "x0",
-    "x_t",
-    "target",
-    "error",
-    "grad",
-    "grad_x",
-    "grad_mean",
-    "grad_v",
-    "residual",
-    "noise",
-    "z",
-    "scale",
-    "shift",
-    "sums",
-]
+    "x", "y", "out", "u", "reg", "x0", "x_t", "target", "error", "grad",
+    "grad_x", "grad_mean", "grad_v", "residual", "noise", "z", "scale", "shift", "sums",
+]  # fmt: skip
 LARGE = 2**31 + 16
 
 

@@ -21,7 +21,6 @@ from torch.library import opcheck
 import fastdiff
 from fastdiff import _dispatch, ops
 from fastdiff.kernels import _triton, layout, philox
-from fastdiff.kernels import advance as advance_module
 from fastdiff.kernels.layout import PackedTable
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train.bound import vlb_coefficients
@@ -263,16 +262,40 @@ def test_model_with_every_operator_exports_compiles_and_runs_under_autocast(
         exported = torch.export.export(model, given)
         names = {str(node.target) for node in exported.graph.nodes if "fastdiff" in str(node.target)}
         assert names == {f"fastdiff.{name}.default" for name in EVERY}
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, goal, x, _ = model(*given)
         monkeypatch.setattr("fastdiff._norm.attempt", lambda operands: None)  # as compilers do
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for other in (exported.module(), compiled):
             for actual, expected in zip(other(*given), model(*given), strict=True):
                 assert_same_bits(actual, expected)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, goal, x, _ = model(*given)
     assert {loss.dtype, goal.dtype, x.dtype} == {torch.float32}
     assert all(a.isfinite().all() for a in (loss, goal, x))
+
+
+def test_training_under_autocast_has_the_gradients_of_float32_up_to_bfloat16() -> None:
+    torch.manual_seed(0)
+    stem, head = torch.nn.Conv2d(SHAPE[0], 4, 3, padding=1), torch.nn.Conv2d(4, SHAPE[0], 3, padding=1)
+    gain = torch.ones(4, requires_grad=True)
+    parameters = [*stem.parameters(), gain, *head.parameters()]
+    levels = torch.stack([torch.linspace(1, 0, 10), torch.linspace(0, 1, 10)], 1)
+    coef = vlb_coefficients(NoiseSchedule.linear(10), "eps")
+    x0, t = torch.rand(2, *SHAPE) * 2 - 1, torch.tensor([2, 9])
+
+    def gradients(narrow: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            x_t, _ = ops.q_sample(x0, levels, t, 5, None, 3)
+            out = head(ops.group_norm_silu(stem(x_t), 2, gain))
+            assert out.dtype == (torch.bfloat16 if narrow else torch.float32)
+            loss = ops.denoising_loss(out, x0, levels, t, 5, None, 3) + ops.vlb_terms(x0, x_t, out, coef, t)
+        assert loss.dtype == torch.float32
+        return list(torch.autograd.grad(loss.mean(), parameters))
+
+    for actual, expected in zip(gradients(True), gradients(False), strict=True):
+        assert actual.dtype == torch.float32
+        # a dozen roundings to 8 bits on the way, of which the largest gradients see the mean
+        assert (actual - expected).norm() <= 12 * 2**-8 * expected.norm()
 
 
 def test_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,14 +322,30 @@ def test_backend_triton_runs_every_operator_in_the_interpreter(monkeypatch: pyte
         )
         return [ops.reverse_step(**given), given["u"], x_t, goal, row, t, ops.normal(SHAPE, 1, 2, 3)]
 
-    expected = run()
+    def sums() -> list[torch.Tensor]:
+        """Taken in another order on each backend."""
+        generator = torch.Generator().manual_seed(0)
+        x0, out = (torch.randn(2, *SHAPE, generator=generator) for _ in range(2))
+        out, steps = out.requires_grad_(), torch.tensor([0, 1])
+        coef = vlb_coefficients(NoiseSchedule.linear(2), "eps")
+        losses = [
+            ops.denoising_loss(out, x0, torch.eye(2), steps, 3, None, 0),
+            ops.vlb_terms(x0.clamp(-1, 1), x0, out, coef, steps),
+            ops.group_norm_silu(out, SHAPE[0]),
+        ]
+        return losses + [torch.autograd.grad(loss.square().sum(), out)[0] for loss in losses]
+
+    expected, near = run(), sums()
     monkeypatch.setenv("FASTDIFF_BACKEND", "triton")
-    launched = []
-    original = advance_module.advance_triton
-    monkeypatch.setattr(advance_module, "advance_triton", lambda a: (launched.append(1), original(a)))
+    launched = set()
+    original = _dispatch._kernel
+    monkeypatch.setattr(_dispatch, "_kernel", lambda name, to: launched.add((name, to)) or original(name, to))
     for actual, wanted in zip(run(), expected, strict=True):
         assert_same_bits(actual, wanted)
-    assert launched
+    for actual, wanted in zip(sums(), near, strict=True):
+        assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+    every = {name.rstrip("_") for name in EVERY} | {"group_norm_silu_backward"}
+    assert launched == {(name, "triton") for name in every}
 
 
 def test_package_imports_and_runs_without_triton_and_a_launch_says_what_to_do() -> None:
