@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastdiff._gradients import halves, only_once
+
 TARGETS = ("eps", "v", "x0")  # of q_sample: kind 1, 2, 3
 _BACKENDS = ("torch", "triton")
 # where an operator is not in the module of its name
@@ -47,7 +49,6 @@ _library.define(
     "Tensor? uncond_lane, Tensor(c!)? lane_row) -> ()"
 )
 _said: set[str] = set()
-_Half = tuple[torch.Tensor, torch.Tensor]
 
 
 def _run(name: str, device: torch.device, *operands: Any, backend: str | None = None) -> None:
@@ -210,83 +211,8 @@ def _denoising_loss_backward(
         return (None,) * 11
     error, weight = ctx.saved_tensors
     prediction = (error, factor(ctx.numel, weight) * grad_loss)
-    found = _halves(prediction, None, is_learned=ctx.is_learned)
+    found = halves(prediction, None, is_learned=ctx.is_learned)
     return *only_once("denoising_loss", "q_sample's target and torch's operators", found), *[None] * 10
-
-
-def only_once(name: str, remedy: str, *found: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """Gradients that raise where they are differentiated again, in place of being taken for constants."""
-    if not torch.is_grad_enabled():
-        return found
-    given = [a if a is None else a.detach().requires_grad_() for a in found]
-    message = f"{name} has no second derivative; use {remedy} for it"
-    native: Any = getattr(torch._C._functions, "DelayedError", None)  # not of torch's interface
-    again = (
-        _Refusal.apply(message, *given) if native is None else native(message.encode(), len(given))(*given)
-    )
-    return again if isinstance(again, tuple) else (again,)
-
-
-class _Refusal(torch.autograd.Function):
-    """Its operands, with a message in place of a derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, message: str, *found: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        ctx.message = message
-        return tuple(a if a is None else a.view_as(a) for a in found)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(ctx.message)
-
-
-def _halves(prediction: _Half | None, variance: _Half | None, *, is_learned: bool) -> torch.Tensor:
-    """The gradient of a network's output from its prediction's and its variance's; None for 0.
-
-    Each is what the forward pass has saved, and [B] numbers that it is to be multiplied by.
-    """
-    if not is_learned:
-        assert prediction is not None
-        return _times_each(*prediction)
-    like, by = prediction or variance  # type: ignore[misc]
-    if _is_elsewhere(by):
-        zeros, halves = torch.zeros_like(like), (prediction, variance)
-        return torch.cat([zeros if h is None else (h[0] * _each(*h)).to(like.dtype) for h in halves], 1)
-    shape = (like.shape[0], 2 * like.shape[1], *like.shape[2:])
-    grad = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    for part, half in zip(grad.chunk(2, 1), (prediction, variance), strict=True):
-        if half is not None:
-            torch.mul(half[0], _each(*half), out=part)
-    return grad
-
-
-def _is_elsewhere(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no memory of its own to write in or read by address: a transform's, a tracer's."""
-    if type(tensor) is not torch.Tensor:
-        return True
-    try:
-        tensor.data_ptr()
-    except RuntimeError:  # such as vmap's, of autograd's is_grads_batched
-        return True
-    return False
-
-
-def _each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
-    """One number for each sample, as it meets the samples."""
-    return each.view(-1, *[1] * (saved.dim() - 1))
-
-
-def _times_each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
-    """A gradient that the forward pass has saved, times one number for each sample.
-
-    In its own memory where the graph is not kept for another pass, so that training holds it once; a tracer
-    plans memory itself.
-    """
-    is_kept: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    is_needed_again = torch.is_grad_enabled() or is_kept()
-    if is_needed_again or _is_elsewhere(saved) or _is_elsewhere(each):
-        return (saved * _each(saved, each)).to(saved.dtype)
-    return saved.mul_(_each(saved, each))
 
 
 def _vlb_terms(
@@ -333,9 +259,9 @@ def _vlb_terms_backward(
         return (None,) * 7
     *saved, coef, t = ctx.saved_tensors
     each = (factor * grad_vlb for factor in factors(coef, t, ctx.numel))
-    halves = zip(saved, each, (ctx.grad_mean, ctx.grad_v), strict=True)
-    mean, v = ((half, by) if wanted else None for half, by, wanted in halves)
-    found = _halves(mean, v, is_learned=ctx.is_learned)
+    parts = zip(saved, each, (ctx.grad_mean, ctx.grad_v), strict=True)
+    mean, v = ((half, by) if wanted else None for half, by, wanted in parts)
+    found = halves(mean, v, is_learned=ctx.is_learned)
     return None, None, *only_once("vlb_terms", "torch's operators", found), *[None] * 4
 
 

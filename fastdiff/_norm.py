@@ -9,6 +9,7 @@ import torch
 
 from fastdiff import _dispatch
 from fastdiff._arguments import require
+from fastdiff._gradients import only_once
 from fastdiff._norm_direct import DTYPES, REMEDY, attempt, gradients, lies_last
 
 _PARAMETERS = (
@@ -189,7 +190,7 @@ def _gradients(
             grad, mean, rstd, *tensors, ctx.groups, ctx.eps, ctx.activation
         )
         found = gradients(grad_x, sums, *tensors[1:])
-    return *_dispatch.only_once("group_norm_silu", REMEDY, *found), None, None, None
+    return *only_once("group_norm_silu", REMEDY, *found), None, None, None
 
 
 _dispatch._register("group_norm_silu", _forward, _forward_fake)

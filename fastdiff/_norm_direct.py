@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastdiff._dispatch import only_once
+from fastdiff._gradients import only_once
 from fastdiff.kernels import cpu
 from fastdiff.kernels._group_norm_cpu import affine_of, norm_native
 
@@ -190,8 +190,8 @@ class _Differentiable(torch.autograd.Function):
         mean, rstd, x, residual, *vectors = ctx.saved_tensors
         if _keys_of(grad).raw_repr() not in _ORDINARY:  # vmap's, of is_grads_batched: its memory is elsewhere
             operands = (grad, *ctx.saved_tensors, ctx.groups, ctx.eps, ctx.activation)
-            found: tuple[torch.Tensor, torch.Tensor] = torch.ops.fastdiff.group_norm_silu_backward(*operands)
-            return gradients(*found, residual, *vectors)  # type: ignore[call-arg]
+            grad_x, sums = torch.ops.fastdiff.group_norm_silu_backward(*operands)
+            return gradients(grad_x, sums, residual, *vectors)
         v, grad = _v(x, residual), grad.float()
         if grad.stride() != v.stride():
             grad = torch.empty_like(v).copy_(grad)
