@@ -34,11 +34,23 @@ def test_a_package_is_found_by_the_next_process_and_is_private(compiler):
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
-def test_the_next_process_does_not_export(compiler, monkeypatch):
-    assert_same(both(Net()))
+def test_the_next_process_does_not_export(compiler, monkeypatch, tmp_path):
+    """The network has a file of its own: what a test's imports reach grows while other tests run."""
+    source = (
+        "import torch\nclass Alone(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+    )
+    source += "        self.conv = torch.nn.Conv2d(2, 2, 3, padding=1)\n"
+    source += (
+        "    def forward(self, x, t):\n        return self.conv(x) + torch.cos(t / 300).view(-1, 1, 1, 1)\n"
+    )
+    (tmp_path / "alone_in_a_file.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    net = importlib.import_module("alone_in_a_file").Alone()
+    assert_same(both(net))
     compiled._plans.clear()
     monkeypatch.setattr(packages, "export", refuse_to_compile)
-    assert_same(both(Net()))
+    assert_same(both(net))
+    assert len(compiler.runs) == 1
 
 
 class Reading(Net):
