@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 import fastdiff as fd
+from benchmarks.sections import rewrite
 from fastdiff.pictures import save_grid, to_uint8
 from fastdiff.train import load_data
 
@@ -105,14 +105,7 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     table = "| sampler | guidance | read | spread | near |\n|---|---|---|---|---|\n" + "\n".join(rows)
-    card = MODEL / "README.md"
-    text = re.sub(
-        r"(<!-- quality: begin -->\n).*?(<!-- quality: end -->)",
-        lambda found: f"{found[1]}{table}\n{found[2]}",
-        card.read_text(),
-        flags=re.DOTALL,
-    )
-    card.write_text(text)
+    rewrite(MODEL / "README.md", "quality", f"{table}\n")
     sampler = fd.Sampler.from_pretrained("digits", solver="ddim", steps=50)
     picture = sample(sampler, per_class=10, guidance=2.0)
     save_grid(

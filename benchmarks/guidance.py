@@ -8,12 +8,12 @@ class alone, and above 1 away from what has no class.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import fastdiff as fd
 from benchmarks.digits import MODEL, Quality, quality
+from benchmarks.sections import rewrite
 from fastdiff.files import atomic_path
 
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -59,15 +59,7 @@ def draw(found: Sequence[Quality], path: Path) -> None:
 def main() -> None:
     """Bring the card's table and its picture up to date."""
     found = sweep()
-    card = MODEL / "README.md"
-    text = re.sub(
-        r"(<!-- guidance: begin -->\n).*?(<!-- guidance: end -->)",
-        lambda match: f"{match[1]}{table(found)}\n{match[2]}",
-        card.read_text(),
-        flags=re.DOTALL,
-    )
-    with atomic_path(card) as temporary:
-        temporary.write_text(text)
+    rewrite(MODEL / "README.md", "guidance", f"{table(found)}\n")
     draw(found, MODEL / "guidance.png")
     print(table(found))
 

@@ -6,16 +6,15 @@ python -m benchmarks.likelihood                         make the table anew
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT
+from benchmarks.sections import replaced
 from fastdiff.files import atomic_path, read_json, write_json
 
 KEPT = Path(__file__).with_name("likelihood")
-_SECTION = re.compile(r"(<!-- likelihood: begin -->\n).*?(<!-- likelihood: end -->)", re.DOTALL)
 
 
 def results() -> list[dict[str, Any]]:
@@ -43,7 +42,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def up_to_date(text: str) -> str:
     """The README with the table in place of what stands between its markers."""
-    return _SECTION.sub(lambda match: f"{match[1]}\n{table(results())}\n\n{match[2]}", text)
+    return replaced(text, "likelihood", f"\n{table(results())}\n\n")
 
 
 def main(arguments: list[str]) -> None:

@@ -6,11 +6,10 @@ python -m benchmarks.schedulers          bring the list in README.md up to date
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from pathlib import Path
 
+from benchmarks.sections import rewrite
 from fastdiff.adapters.diffusers import survey
-from fastdiff.files import atomic_path
 
 README = Path(__file__).parents[1] / "README.md"
 _NEEDS_MORE = (
@@ -42,14 +41,7 @@ def _brief(reason: str) -> str:
 
 def main() -> None:
     """Rewrite the list between its markers."""
-    text = re.sub(
-        r"(<!-- schedulers: begin -->\n).*?(<!-- schedulers: end -->)",
-        lambda found: f"{found[1]}\n{table()}\n\n{found[2]}",
-        README.read_text(),
-        flags=re.DOTALL,
-    )
-    with atomic_path(README) as temporary:
-        temporary.write_text(text)
+    rewrite(README, "schedulers", f"\n{table()}\n\n")
 
 
 if __name__ == "__main__":
