@@ -129,7 +129,8 @@ def test_a_row_costs_the_same_in_a_long_chain():
 
 @linux
 def test_a_long_chain_takes_the_memory_of_a_short_one():
-    assert bench_chain.memory_growth() <= bench_chain.MOST_MEMORY
+    # in a process of its own: what other tests gave back to the allocator comes and goes
+    assert record.in_fresh_process("bench_chain.memory_growth()") <= bench_chain.MOST_MEMORY
 
 
 def test_the_products_of_a_network_are_all_found():
