@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -19,9 +20,15 @@ from benchmarks import networks
 from benchmarks.bench_memory import peak_bytes
 from benchmarks.record import Comparison, Quantity, compare
 from fastdiff.kernels import cpu
+from fastdiff.nn import prediction_of
 
 STEPS = 50
-CHAINS = [("mlp", 1), ("mlp", 256), ("policy", 1), ("unet", 1), ("unet", 16), ("digits", 1), ("digits", 16)]
+CHAINS = [
+    ("mlp", 1), ("mlp", 256), ("policy", 1), ("action", 1), ("unet", 1), ("unet", 16),
+    ("digits", 1), ("digits", 16), ("cifar10", 1),
+]  # fmt: skip
+OTHERS = ("action", "cifar10")  # networks of other people's, which `fd.optimize` may change
+LARGE = {"cifar10": {"steps": 10, "rounds": 5}}  # whose evaluation takes a good part of a second
 SOLVERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
 # A check that the two chains are the same, not of their last bits: the first step divides float32's rounding
 # by alpha = 1/158, and nothing bounds what a network makes of a difference.
@@ -44,12 +51,12 @@ def their_chain(
     """diffusers' loop, as its pipelines write it."""
     x = torch.randn(shape, generator=generator)
     for t in scheduler.timesteps:
-        out = model(x, t.expand(shape[0]))
+        out = prediction_of(model(x, t.expand(shape[0])))
         x = scheduler.step(out, t, x, generator=generator, **options).prev_sample
     return x
 
 
-def chain_pair(network: str, batch: int, solver: str, steps: int = STEPS) -> tuple[Any, fd.Sampler]:
+def chain_pair(network: str, solver: str, steps: int = STEPS) -> tuple[Any, fd.Sampler]:
     """diffusers' scheduler and our sampler for one chain: linear schedule, eps, clipped, leading times."""
     model, shape = getattr(networks, network)()
     common = {"beta_schedule": "linear", "clip_sample": True, "timestep_spacing": "leading"}
@@ -69,7 +76,7 @@ def chain_pair(network: str, batch: int, solver: str, steps: int = STEPS) -> tup
 
 def difference(network: str, batch: int, solver: str, steps: int = STEPS) -> float:
     """Largest difference of the two chains' samples on the same noise."""
-    scheduler, sampler = chain_pair(network, batch, solver, steps)
+    scheduler, sampler = chain_pair(network, solver, steps)
     shape = (batch, *sampler.shape)
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(shape, generator=generator)
@@ -92,10 +99,20 @@ def chain_speed(network: str, batch: int, solver: str, rounds: int = 9, steps: i
     """
     cpu.library(wait=True)
     assert (far := difference(network, batch, solver, steps)) <= SAME, f"the chains differ by {far}"
-    scheduler, sampler = chain_pair(network, batch, solver, steps)
+    scheduler, sampler = chain_pair(network, solver, steps)
     model, shape, generator = sampler.model, (batch, *sampler.shape), torch.Generator().manual_seed(0)
     by_torch = torch.compile(model, dynamic=False)
-    compiled = fd.Sampler(model, table=sampler.table, shape=sampler.shape, compile=True)
+
+    def ours(model: Any, compile: bool) -> Callable[[], Tensor]:
+        chain = fd.Sampler(model, table=sampler.table, shape=sampler.shape, compile=compile)
+        return partial(chain.sample, batch, seed=0)
+
+    optimised = {}
+    if network in OTHERS:
+        changed = copy.deepcopy(model)
+        fd.optimize(changed, (torch.zeros(shape), torch.zeros(batch, dtype=torch.int64)))
+        for name, compile in (("optimised", False), ("optimised and compiled", True)):
+            optimised[f"fastdiff, {name}"] = ours(changed, compile)
     with torch.inference_mode():
         return compare(
             "chain",
@@ -104,7 +121,8 @@ def chain_speed(network: str, batch: int, solver: str, rounds: int = 9, steps: i
                 "diffusers": partial(their_chain, scheduler, model, shape, generator),
                 "diffusers + torch.compile": partial(their_chain, scheduler, by_torch, shape, generator),
                 "fastdiff": partial(sampler.sample, batch, seed=0),
-                "fastdiff, compiled": partial(compiled.sample, batch, seed=0),
+                "fastdiff, compiled": ours(model, compile=True),
+                **optimised,
                 "network alone": partial(_network_alone, model, shape, steps),
                 "its products alone": partial(_products_alone, products(model, shape), steps),
             },
@@ -206,8 +224,9 @@ def _seconds(run: Callable[[], Any]) -> float:
 @pytest.mark.parametrize("solver", list(SOLVERS))
 @pytest.mark.parametrize(("network", "batch"), CHAINS)
 def bench_chain(network, batch, solver, measured):
-    _, sampler = chain_pair(network, batch, solver)
-    measured(chain_speed(network, batch, solver), partial(sampler.sample, batch, seed=0))
+    options = LARGE.get(network, {})
+    _, sampler = chain_pair(network, solver, options.get("steps", STEPS))
+    measured(chain_speed(network, batch, solver, **options), partial(sampler.sample, batch, seed=0))
 
 
 def bench_row(keep, benchmark):

@@ -48,6 +48,40 @@ def digits() -> tuple[nn.Module, tuple[int, ...]]:
     return sampler.model, sampler.shape
 
 
+class Observed(nn.Module):
+    """A policy at one observation: (plan [B, horizon, actions], t [B]) -> of the plan's shape."""
+
+    def __init__(self, policy: nn.Module, obs: Tensor) -> None:
+        super().__init__()
+        self.policy = policy
+        self.register_buffer("obs", obs)
+
+    def forward(self, plan: Tensor, t: Tensor) -> Tensor:
+        return self.policy(plan, t, self.obs.expand(len(plan), -1))
+
+
+def action() -> tuple[nn.Module, tuple[int, ...]]:
+    """A policy as others write it, Conv1d over 16 actions of 7 joints, at one observation."""
+    policy, (plan, _, obs) = action_unet(1)
+    return Observed(policy, obs).eval(), tuple(plan.shape[1:])
+
+
+def cifar10() -> tuple[nn.Module, tuple[int, ...]]:
+    """diffusers' network of 35.7 million parameters for images of 32 by 32, as Ho et al. 2020 trained it."""
+    from diffusers import UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=256,
+        norm_eps=1e-6,
+    )
+    return _filled(network), (3, 32, 32)
+
+
 def action_unet(batch: int, widths: tuple[int, ...] = (64, 128, 256)) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A policy as others write it, Conv1d over [B, horizon, actions], and what it is called with."""
     example = torch.zeros(batch, 16, 7), torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, 20)
