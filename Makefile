@@ -16,11 +16,13 @@ help: ## Say what there is to make
 sample: $(VENV)/.sample ## Sample 100 handwritten digits into samples.png with the model in the package
 	$(BIN)/fastdiff sample --model digits --num 100 --steps 20 --guidance 2 --out samples.png
 
-# Two processes: TRITON_INTERPRET binds when a kernel is defined, and excludes compiled kernels.
+# Two runs: TRITON_INTERPRET binds when a kernel is defined, and excludes compiled kernels. A file of tests stays
+# in one worker, which keeps what its tests share; `make test WORKERS=0` runs all in one process.
+WORKERS ?= auto
 test: $(VENV)/.test ## Run the tests, and those of the Triton kernels in Triton's interpreter
 	@status=0; \
-	$(BIN)/python -m pytest -q -m "not slow" || status=$$?; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret || status=$$?; \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile -m "not slow" || status=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile -m interpret || status=$$?; \
 	exit $$status
 
 bench: $(VENV)/.bench ## Measure against torch and diffusers, and bring the tables of benchmarks/README.md up to date

@@ -13,6 +13,10 @@ import torch
 from forks import Forks
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+# Threads that wait for one another on a busy core make a small network many times slower.
+torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
 
 @pytest.fixture(scope="session")
