@@ -253,7 +253,6 @@ def test_what_is_not_linear_is_refused_by_name_and_torch_is_put_back(then, reaso
         (schedulers.UniPCMultistepScheduler(solver_type="bh1"), {}, "evaluation 7 .* not finite"),
         (schedulers.DDIMScheduler(), {"generator": torch.Generator()}, "`generator` cannot be imported"),
     ],
-    ids=str,
 )
 def test_what_no_table_can_hold_is_refused_with_the_reason(scheduler, kwargs, reason):
     with pytest.raises(ValueError, match=reason):
@@ -267,7 +266,6 @@ def test_what_no_table_can_hold_is_refused_with_the_reason(scheduler, kwargs, re
         (schedulers.RePaintScheduler(), {}, "original_image"),
         (object(), {}, "`scheduler` must have `step`"),
     ],
-    ids=str,
 )
 def test_a_step_of_another_shape_is_a_type_error(scheduler, kwargs, reason):
     with pytest.raises(TypeError, match=reason):

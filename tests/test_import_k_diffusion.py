@@ -146,7 +146,6 @@ def compare(sample_fn, table: SamplingTable, monkeypatch, merge=lambda draws: dr
         (two_steps, 1, 9, {}),
         (clipped, 0, 9, {}),
     ],
-    ids=str,
 )
 def test_a_users_sampler_is_its_table(sample_fn, registers, rows, options, monkeypatch):
     table = import_sampler(sample_fn, SIGMAS, **options)
@@ -192,7 +191,6 @@ def test_without_a_callback_steps_end_at_the_given_levels():
 @pytest.mark.parametrize(
     ("sample_fn", "solver", "options"),
     [(euler, "euler", {"s_churn": 3.0}), (heun, "heun", {}), (ancestral, "euler_ancestral", {})],
-    ids=str,
 )
 def test_our_solver_is_the_imported_sampler(sample_fn, solver, options):
     check_ours(solver, import_sampler(sample_fn, SIGMAS, **options), **options)

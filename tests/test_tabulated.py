@@ -220,7 +220,6 @@ def hooked(inside):
         (network(num_classes=0), {"labels": torch.zeros(2, dtype=torch.int64)}),
         (network(), {"labels": torch.zeros(0, dtype=torch.int64)}),
     ],
-    ids=str,
 )
 def test_what_is_no_plain_unet_is_called_as_it_is(model, cond):
     assert embedding_table(model, rows(*range(5)), cond) is None
