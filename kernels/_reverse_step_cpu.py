@@ -207,6 +207,7 @@ def _noise(
 def _drawn(s: Step, plan: list[int], slots: slice, part: slice, domain: int) -> torch.Tensor:
     """Normals of a row and a run of slots, drawn on the CPU."""
     ids = s.sample_id[slots].cpu()
-    z = torch.empty(slots.stop - slots.start, part.stop - part.start, dtype=torch.float32)
+    shape = (slots.stop - slots.start, part.stop - part.start)
+    z = torch.empty(shape, dtype=torch.float32, device="cpu")
     normal_numpy(z, s.seed[slots].cpu(), ids, torch.full_like(ids, plan[layout.DRAW]), domain, part.start)
     return z.to(s.x.device)

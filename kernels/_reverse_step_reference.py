@@ -42,14 +42,14 @@ def reverse_step_reference(s: Step) -> None:
         if s.noise is not None:
             z = s.noise[b].double()
         else:
-            z = normal_reference(torch.empty(1, n).double(), *key, DOMAIN_STEP)[0]
+            z = normal_reference(s.x.new_empty(1, n, dtype=torch.float64), *key, DOMAIN_STEP)[0]
         lo, hi = a[layout.LOG_VAR_MIN], a[layout.LOG_VAR_MAX]
         if s.learned and (lo != 0 or hi != 0):
             f = (s.out[lane, n:].double() + 1) / 2
             z = z * torch.exp(0.5 * (f * hi + (1 - f) * lo))
         new = [_dot(a[layout.HEAD + j * (k + 4) :][: k + 4], [*state, x0, out, z]) for j in range(k + 1)]
         if s.known is not None and int(s.plan[at, layout.READS]) & layout.READS_KNOWN:
-            y = normal_reference(torch.empty(1, n).double(), *key, DOMAIN_KNOWN)[0]
+            y = normal_reference(s.x.new_empty(1, n, dtype=torch.float64), *key, DOMAIN_KNOWN)[0]
             kept = _dot(a[layout.KNOWN_ALPHA : layout.KNOWN_SIGMA + 1], [s.known[b].double(), y])
             free = _dot(a[layout.FREE_RATIO : layout.FREE_STD + 1], [new[0], y])
             new[0] = torch.where(s.mask[b] != 0, kept, free)  # type: ignore[index]

@@ -181,11 +181,8 @@ def normal_torch(
     Traffic: 4 bytes written per element.
     """
     if z.device.type != "cpu":
-        return z.copy_(
-            normal_torch(
-                torch.empty(z.shape, dtype=torch.float32), seed.cpu(), sample_id.cpu(), draw.cpu(), domain
-            )
-        )
+        drawn = torch.empty(z.shape, dtype=torch.float32, device="cpu")
+        return z.copy_(normal_torch(drawn, seed.cpu(), sample_id.cpu(), draw.cpu(), domain))
     if native := cpu.library():
         key = map(cpu.pointer, (seed, sample_id, draw))
         native.fd_normal(

@@ -134,7 +134,7 @@ def q_sample_torch(f: Forward) -> None:
 def q_sample_reference(f: Forward) -> None:
     """The formula in float64; x_t and target may be float64."""
     alpha, sigma = (a.double() for a in _scales(f))
-    z = torch.empty(f.x0.shape, dtype=torch.float64) if f.noise is None else f.noise.double()
+    z = torch.empty_like(f.x0, dtype=torch.float64) if f.noise is None else f.noise.double()
     if f.noise is None:
         normal_reference(z, f.seed, f.sample_id, f.draw, DOMAIN_TRAIN)
     f.x_t.copy_(alpha * f.x0.double() + sigma * z)

@@ -223,7 +223,7 @@ def vlb_terms_reference(f: Terms) -> None:
     with torch.enable_grad():
         raw = row[X0_FROM_X] * f.x_t.double().where(row[X0_FROM_X] != 0, 0) + row[X0_FROM_OUT] * out[:, :n]
         error = x0 - raw.clamp(row[CLIP_LO], row[CLIP_HI])
-        share = (out[:, n:] + 1) / 2 if out.shape[1] != n else torch.zeros(1, 1, dtype=torch.float64)
+        share = (out[:, n:] + 1) / 2 if out.shape[1] != n else x0.new_zeros(1, 1)
         gap = share * row[GAP_AT_MAX] + (1 - share) * row[GAP_AT_MIN]
         k = row[MEAN_WEIGHT] * torch.exp(gap / 2)
         kl = 0.5 * (torch.expm1(gap) - gap + (k * error) ** 2)

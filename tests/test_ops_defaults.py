@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import assert_same_bits, library, op_arguments
+from kernel_cases import assert_same_bits, clone, library, op_arguments, random_step
+from vlb_cases import copies as vlb_copies
 from vlb_cases import operands as vlb_operands
 
 from fastdiff import ops
+from fastdiff.kernels import cpu
+from fastdiff.kernels._reverse_step_cpu import step_eager
+from fastdiff.kernels._reverse_step_reference import reverse_step_reference
+from fastdiff.kernels.q_sample import Forward, q_sample_reference, q_sample_torch
+from fastdiff.kernels.vlb import vlb_terms_reference, vlb_terms_torch
 
 ORDINARY: Any = {"dtype": torch.float32, "device": "cpu"}
 SETTINGS = ("float64", "bfloat16", "meta")
@@ -80,6 +86,39 @@ def test_default_dtype_and_device_of_torch_change_no_bit(work: str, setting: str
     command = [sys.executable, __file__, work, setting]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def direct() -> list[torch.Tensor]:
+    """The kernels' own functions, which a chain calls without the dispatcher, in torch and in float64."""
+    results = []
+    for step in (step_eager, reverse_step_reference):
+        s = clone(CHAIN)
+        step(s)
+        results.append(s.x)
+    for dtype, forward in ((torch.float32, q_sample_torch), (torch.float64, q_sample_reference)):
+        x0 = VLB.x0.to(dtype)
+        x_t, goal = torch.empty_like(x0), torch.empty_like(x0)
+        forward(Forward(x_t, goal, x0, LEVELS.to(dtype), VLB.t, VLB.t, VLB.t, VLB.t, kind=2))
+        results += [x_t, goal]
+    for terms in (vlb_terms_torch, vlb_terms_reference):
+        f = vlb_copies(VLB)
+        terms(f)
+        results += f[:3]
+    return results
+
+
+CHAIN = random_step(1, learned=True, known=True)
+
+
+def test_kernels_called_on_the_cpu_under_another_default_device_stay_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    expected = direct()
+    with torch.device("meta"):
+        found = direct()
+    for one, other in zip(found, expected, strict=True):
+        assert_same_bits(one, other)
 
 
 def main(work: str, setting: str) -> None:
