@@ -54,12 +54,8 @@ def q_sample(
     """
     if target not in _TARGETS:
         raise ValueError(f"`target` must be one of {_TARGETS}, got {target!r}")
-    real = _real(x0)
+    _check(x0, t, rows={"alpha_sigma": (alpha_sigma, 2)}, alike={"noise": noise})
     batch = x0.shape[0]
-    require("alpha_sigma", alpha_sigma, dtype=real, device=x0.device, shape=(None, 2))
-    require("t", t, dtype=torch.int64, device=x0.device, shape=(batch,))
-    if noise is not None:
-        require("noise", noise, dtype=real, device=x0.device, shape=tuple(x0.shape))
     key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, x0.device)
     draws = integers("draw", draw, batch, x0.device)
     x_t, goal = torch.ops.fastdiff.q_sample(
@@ -109,21 +105,15 @@ def denoising_loss(
     """
     if target not in _dispatch.TARGETS:
         raise ValueError(f"`target` must be one of {_dispatch.TARGETS}, got {target!r}")
-    real = _real(x0)
-    batch, device, shape = x0.shape[0], x0.device, tuple(x0.shape)
-    _check_out(out, x0)
-    require("alpha_sigma", alpha_sigma, dtype=real, device=device, shape=(None, 2))
-    require("t", t, dtype=torch.int64, device=device, shape=(batch,))
+    _check(x0, t, out=out, rows={"alpha_sigma": (alpha_sigma, 2)}, alike={"noise": noise})
+    batch, device = x0.shape[0], x0.device
     if weight is not None:
-        require("weight", weight, dtype=real, device=device, shape=(batch,))
-    if noise is not None:
-        require("noise", noise, dtype=real, device=device, shape=shape)
+        require("weight", weight, dtype=x0.dtype, device=device, shape=(batch,))
     key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, device)
     draws = integers("draw", draw, batch, device)
-    wants_grad = out.requires_grad and torch.is_grad_enabled()
     kind = 1 + _dispatch.TARGETS.index(target)
     given = (None if a is None else a.detach() for a in (weight, noise))
-    operands = (out, x0.detach(), alpha_sigma.detach(), t, key, ids, draws, kind, *given, wants_grad)
+    operands = (out, x0.detach(), alpha_sigma.detach(), t, key, ids, draws, kind, *given, _wants_grad(out))
     loss: torch.Tensor = torch.ops.fastdiff.denoising_loss(*operands)[0]
     return loss
 
@@ -159,25 +149,39 @@ def vlb_terms(
     Traffic: reads x0, x_t and `out`, writes the gradients that are wanted.
     Source: Ho et al. 2020, eq. 5, 7 and 13; Nichol and Dhariwal 2021, eq. 4, 15 and 16.
     """
-    real = _real(x0)
-    batch, device, shape = x0.shape[0], x0.device, tuple(x0.shape)
-    require("x_t", x_t, dtype=real, device=device, shape=shape)
-    _check_out(out, x0)
-    require("coef", coef, dtype=real, device=device, shape=(None, 8))
-    require("t", t, dtype=torch.int64, device=device, shape=(batch,))
-    wants_grad = out.requires_grad and torch.is_grad_enabled()
-    wants = (wants_grad and not detach_mean, wants_grad and tuple(out.shape) != shape)
+    _check(x0, t, out=out, rows={"coef": (coef, 8)}, alike={"x_t": x_t})
+    wants_grad = _wants_grad(out)
+    wants = (wants_grad and not detach_mean, wants_grad and out.shape != x0.shape)
     operands = (x0.detach(), x_t.detach(), out if any(wants) else out.detach(), coef.detach(), t, *wants)
     vlb: torch.Tensor = torch.ops.fastdiff.vlb_terms(*operands)[0]
     return vlb
 
 
-def _real(x0: torch.Tensor) -> torch.dtype:
-    """The dtype of all numbers but the network's: x0's."""
-    if isinstance(x0, torch.Tensor) and x0.dtype == torch.float64 and x0.device.type == "cpu":
-        return torch.float64
-    require("x0", x0, dtype=torch.float32, remedy="float64 is for the CPU")
-    return torch.float32
+def _check(
+    x0: torch.Tensor,
+    t: torch.Tensor,
+    *,
+    rows: dict[str, tuple[torch.Tensor, int]],
+    alike: dict[str, torch.Tensor | None],
+    out: torch.Tensor | None = None,
+) -> None:
+    """Refuse operands that do not belong together; x0's dtype is that of all numbers but the network's.
+
+    Args:
+        rows: by name, a table that t points into and its columns.
+        alike: by name, tensors of x0's shape, or None.
+    """
+    if not (isinstance(x0, torch.Tensor) and x0.dtype == torch.float64 and x0.device.type == "cpu"):
+        require("x0", x0, dtype=torch.float32, remedy="float64 is for the CPU")
+    real, device = x0.dtype, x0.device
+    for name, tensor in alike.items():
+        if tensor is not None:
+            require(name, tensor, dtype=real, device=device, shape=tuple(x0.shape))
+    if out is not None:
+        _check_out(out, x0)
+    for name, (table, columns) in rows.items():
+        require(name, table, dtype=real, device=device, shape=(None, columns))
+    require("t", t, dtype=torch.int64, device=device, shape=(x0.shape[0],))
 
 
 def _check_out(out: torch.Tensor, x0: torch.Tensor) -> None:
@@ -191,3 +195,7 @@ def _check_out(out: torch.Tensor, x0: torch.Tensor) -> None:
             f"`out` must be {list(shape)}, or {list(doubled)} with a learned variance, of {dtypes}, "
             f"got {out.dtype} {list(out.shape)}"
         )
+
+
+def _wants_grad(out: torch.Tensor) -> bool:
+    return out.requires_grad and torch.is_grad_enabled()
