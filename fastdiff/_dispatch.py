@@ -35,6 +35,11 @@ _library.define(
     "Tensor draw, int kind, Tensor? weight, Tensor? noise, bool with_grad) -> (Tensor, Tensor)"
 )
 _library.define(
+    "masked_denoising_loss(Tensor out, Tensor x0, Tensor alpha_sigma, Tensor t, Tensor seed, "
+    "Tensor sample_id, Tensor draw, int kind, Tensor? weight, Tensor? noise, bool with_grad, Tensor mask) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(
     "vlb_terms(Tensor x0, Tensor x_t, Tensor out, Tensor coef, Tensor t, bool grad_mean, bool grad_v) "
     "-> (Tensor, Tensor, Tensor)"
 )
@@ -170,49 +175,69 @@ def _q_sample_backward(
 def _denoising_loss(
     out: torch.Tensor, x0: torch.Tensor, alpha_sigma: torch.Tensor, t: torch.Tensor, seed: torch.Tensor,
     sample_id: torch.Tensor, draw: torch.Tensor, kind: int, weight: torch.Tensor | None,
-    noise: torch.Tensor | None, with_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    noise: torch.Tensor | None, with_grad: bool, mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     from fastdiff.kernels.denoising_loss import Loss
 
     small = (alpha_sigma, t, seed, sample_id, draw)
-    loss, grad = _denoising_loss_fake(out, x0, *small, kind, weight, noise, with_grad)
-    elements = (_flat(grad) if with_grad else None, _flat(_dense(out)), _flat(_dense(x0)))
-    operands = Loss._make((loss, *elements, *map(_dense, small), kind, _dense(weight), _flat(_dense(noise))))
+    results = _denoising_loss_fake(out, x0, *small, kind, weight, noise, with_grad, mask)
+    elements = (_flat(results[1]) if with_grad else None, _flat(_dense(out)), _flat(_dense(x0)))
+    masked = (None, 1, None) if mask is None else (*_rows_of_mask(mask, x0.shape), results[2])
+    given = (_dense(weight), _flat(_dense(noise)), *masked)
+    operands = Loss._make((results[0], *elements, *map(_dense, small), kind, *given))
     _run("denoising_loss", x0.device, operands, backend=_wide(x0, "reference"))
-    return loss, grad
+    return results
+
+
+def _rows_of_mask(mask: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, int]:
+    """[B, M] and `inner`, as `kernels.denoising_loss.Loss` has them, of a mask that broadcasts to `shape`.
+
+    A copy where it is not dense between its first and its last dimension of more than one number.
+    """
+    mask = mask[(None,) * (len(shape) - mask.dim())]
+    kept = [d for d in range(1, len(shape)) if mask.shape[d] != 1]
+    if math.prod(shape[1:]) >= 2**31:  # more than the kernel divides
+        kept = list(range(1, len(shape)))
+    first, end = (kept[0], kept[-1] + 1) if kept else (1, 1)
+    rows = mask.expand(mask.shape[0], *mask.shape[1:first], *shape[first:end], *mask.shape[end:])
+    rows = rows.reshape(mask.shape[0], math.prod(rows.shape[1:])).contiguous()
+    rows = rows.view(torch.uint8) if mask.dtype == torch.bool else rows
+    return rows.expand(shape[0], -1), math.prod(shape[end:])
 
 
 def _denoising_loss_fake(
     out: torch.Tensor, x0: torch.Tensor, alpha_sigma: torch.Tensor, t: torch.Tensor, seed: torch.Tensor,
     sample_id: torch.Tensor, draw: torch.Tensor, kind: int, weight: torch.Tensor | None,
-    noise: torch.Tensor | None, with_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    noise: torch.Tensor | None, with_grad: bool, mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     loss = torch.empty(x0.shape[0], dtype=x0.dtype, device=x0.device)
-    return loss, torch.empty(x0.shape if with_grad else (0,), dtype=out.dtype, device=x0.device)
+    error = torch.empty(x0.shape if with_grad else (0,), dtype=out.dtype, device=x0.device)
+    return (loss, error) if mask is None else (loss, error, torch.empty_like(loss))
 
 
 def _denoising_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    if not inputs[-1]:
+    if not inputs[10]:
         raise RuntimeError("denoising_loss was run with with_grad=False, so it has no gradient")
     ctx.is_learned = inputs[0].shape != inputs[1].shape
-    ctx.numel = math.prod(inputs[1].shape[1:])
-    ctx.mark_non_differentiable(output[1])
+    ctx.numel, ctx.inputs = math.prod(inputs[1].shape[1:]), len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or the engine fills a tensor of out's size with zeros
-    ctx.save_for_backward(output[1], inputs[8])
+    ctx.save_for_backward(inputs[8], *output[1:])
 
 
 def _denoising_loss_backward(
-    ctx: Any, grad_loss: torch.Tensor | None, _: None
+    ctx: Any, grad_loss: torch.Tensor | None, *_: None
 ) -> tuple[torch.Tensor | None, ...]:
     """The error that the loss's own pass has left, times each sample's factor, which float32 holds."""
     from fastdiff.kernels.denoising_loss import factor
 
     if grad_loss is None:
-        return (None,) * 11
-    error, weight = ctx.saved_tensors
-    prediction = (error, factor(ctx.numel, weight) * grad_loss)
+        return (None,) * ctx.inputs
+    weight, error, *total = ctx.saved_tensors
+    prediction = (error, factor(ctx.numel, weight, *total) * grad_loss)
     found = halves(prediction, None, is_learned=ctx.is_learned)
-    return *only_once("denoising_loss", "q_sample's target and torch's operators", found), *[None] * 10
+    again = only_once("denoising_loss", "q_sample's target and torch's operators", found)
+    return *again, *[None] * (ctx.inputs - 1)
 
 
 def _vlb_terms(
@@ -314,12 +339,14 @@ def _register(name: str, implementation: Any, fake: Any) -> None:
 _register("normal", _normal, _normal_fake)
 _register("q_sample", _q_sample, _q_sample_fake)
 _register("denoising_loss", _denoising_loss, _denoising_loss_fake)
+_register("masked_denoising_loss", _denoising_loss, _denoising_loss_fake)
 _register("vlb_terms", _vlb_terms, _vlb_terms_fake)
 _register("reverse_step_", _reverse_step, lambda *operands: None)
 _register("advance_", _advance, lambda *operands: None)
 for _name, _backward, _setup in (
     ("q_sample", _q_sample_backward, _q_sample_setup),
     ("denoising_loss", _denoising_loss_backward, _denoising_loss_setup),
+    ("masked_denoising_loss", _denoising_loss_backward, _denoising_loss_setup),
     ("vlb_terms", _vlb_terms_backward, _vlb_terms_setup),
 ):
     torch.library.register_autograd(f"fastdiff::{_name}", _backward, setup_context=_setup, lib=_library)

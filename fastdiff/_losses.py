@@ -54,7 +54,7 @@ def q_sample(
     """
     if target not in _TARGETS:
         raise ValueError(f"`target` must be one of {_TARGETS}, got {target!r}")
-    _check(x0, t, rows={"alpha_sigma": (alpha_sigma, 2)}, alike={"noise": noise})
+    _check(x0, t, None, ("alpha_sigma", alpha_sigma, 2), "noise", noise)
     batch = x0.shape[0]
     key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, x0.device)
     draws = integers("draw", draw, batch, x0.device)
@@ -76,10 +76,12 @@ def denoising_loss(
     target: str = "eps",
     weight: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each sample's weighted mean squared error against what `q_sample` with the same key says to predict.
 
         loss_b = weight_b mean_i (out_i - target_i)^2;   eps = z,  v = alpha_t z - sigma_t x_0,  x0 = x_0
+        under a mask  weight_b sum_i m_i (out_i - target_i)^2 / sum_i m_i,  0 where no m_i is above 0
 
     The noise is drawn again and never stored; the gradient of `out` comes from the same pass.
 
@@ -93,6 +95,10 @@ def denoising_loss(
         target: "eps", "v" or "x0".
         weight: [B] float32; None for 1. Has no gradient.
         noise: [B, ...] float32 used in place of the drawn z.
+        mask: where the loss looks, bool or float32 weights in [0, 1], of any shape that broadcasts to x0's:
+            like x0, [B, 1, H, W], [H, W], [B, T, 1]. Each sample's mean is over its own mask: for one mean
+            over all of a batch's, weigh samples by their masks' sums. What stands where it is 0, in `out` or
+            elsewhere, does not matter, NaN included. Has no gradient.
 
     Returns:
         [B] of x0's dtype.
@@ -100,21 +106,28 @@ def denoising_loss(
     Raises:
         ValueError: shape, dtype or device mismatch, before any launch.
 
-    Traffic: reads `out`, writes its gradient, nothing else where the target is eps.
+    Traffic: reads `out`, writes its gradient, nothing else where the target is eps; a mask is read as it is,
+        not expanded, unless a dimension of 1 lies between others, as in [B, C, 1, W].
     Source: Ho et al. 2020, eq. 14; Salimans and Ho 2022.
     """
     if target not in _dispatch.TARGETS:
         raise ValueError(f"`target` must be one of {_dispatch.TARGETS}, got {target!r}")
-    _check(x0, t, out=out, rows={"alpha_sigma": (alpha_sigma, 2)}, alike={"noise": noise})
+    _check(x0, t, out, ("alpha_sigma", alpha_sigma, 2), "noise", noise)
     batch, device = x0.shape[0], x0.device
     if weight is not None:
         require("weight", weight, dtype=x0.dtype, device=device, shape=(batch,))
+    if mask is not None:
+        _check_mask(mask, x0)
     key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, device)
     draws = integers("draw", draw, batch, device)
     kind = 1 + _dispatch.TARGETS.index(target)
     given = (None if a is None else a.detach() for a in (weight, noise))
     operands = (out, x0.detach(), alpha_sigma.detach(), t, key, ids, draws, kind, *given, _wants_grad(out))
-    loss: torch.Tensor = torch.ops.fastdiff.denoising_loss(*operands)[0]
+    loss: torch.Tensor
+    if mask is None:
+        loss = torch.ops.fastdiff.denoising_loss(*operands)[0]
+    else:
+        loss = torch.ops.fastdiff.masked_denoising_loss(*operands, mask.detach())[0]
     return loss
 
 
@@ -149,7 +162,7 @@ def vlb_terms(
     Traffic: reads x0, x_t and `out`, writes the gradients that are wanted.
     Source: Ho et al. 2020, eq. 5, 7 and 13; Nichol and Dhariwal 2021, eq. 4, 15 and 16.
     """
-    _check(x0, t, out=out, rows={"coef": (coef, 8)}, alike={"x_t": x_t})
+    _check(x0, t, out, ("coef", coef, 8), "x_t", x_t)
     wants_grad = _wants_grad(out)
     wants = (wants_grad and not detach_mean, wants_grad and out.shape != x0.shape)
     operands = (x0.detach(), x_t.detach(), out if any(wants) else out.detach(), coef.detach(), t, *wants)
@@ -160,27 +173,26 @@ def vlb_terms(
 def _check(
     x0: torch.Tensor,
     t: torch.Tensor,
-    *,
-    rows: dict[str, tuple[torch.Tensor, int]],
-    alike: dict[str, torch.Tensor | None],
-    out: torch.Tensor | None = None,
+    out: torch.Tensor | None,
+    rows: tuple[str, torch.Tensor, int],
+    name: str,
+    alike: torch.Tensor | None,
 ) -> None:
     """Refuse operands that do not belong together; x0's dtype is that of all numbers but the network's.
 
     Args:
-        rows: by name, a table that t points into and its columns.
-        alike: by name, tensors of x0's shape, or None.
+        out: the network's output, where there is one.
+        rows: the name of the table that t points into, it, and its columns.
+        alike: a tensor of x0's shape, or None; `name` is its own.
     """
     if not (isinstance(x0, torch.Tensor) and x0.dtype == torch.float64 and x0.device.type == "cpu"):
         require("x0", x0, dtype=torch.float32, remedy="float64 is for the CPU")
     real, device = x0.dtype, x0.device
-    for name, tensor in alike.items():
-        if tensor is not None:
-            require(name, tensor, dtype=real, device=device, shape=tuple(x0.shape))
+    if alike is not None:
+        require(name, alike, dtype=real, device=device, shape=tuple(x0.shape))
     if out is not None:
         _check_out(out, x0)
-    for name, (table, columns) in rows.items():
-        require(name, table, dtype=real, device=device, shape=(None, columns))
+    require(rows[0], rows[1], dtype=real, device=device, shape=(None, rows[2]))
     require("t", t, dtype=torch.int64, device=device, shape=(x0.shape[0],))
 
 
@@ -194,6 +206,18 @@ def _check_out(out: torch.Tensor, x0: torch.Tensor) -> None:
         raise ValueError(
             f"`out` must be {list(shape)}, or {list(doubled)} with a learned variance, of {dtypes}, "
             f"got {out.dtype} {list(out.shape)}"
+        )
+
+
+def _check_mask(mask: torch.Tensor, x0: torch.Tensor) -> None:
+    """Refuse a mask that does not belong to x0."""
+    require("mask", mask, device=x0.device)
+    shape = (1,) * (x0.dim() - mask.dim()) + tuple(mask.shape)
+    fits = len(shape) == x0.dim() and all(a in (1, b) for a, b in zip(shape, x0.shape, strict=True))
+    if not fits or mask.dtype not in (torch.bool, x0.dtype):
+        raise ValueError(
+            f"`mask` must be bool or {x0.dtype} and broadcast to {list(x0.shape)}, "
+            f"got {mask.dtype} {list(mask.shape)}"
         )
 
 

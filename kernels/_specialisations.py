@@ -105,13 +105,20 @@ def q_sample(
 
 
 def denoising_loss(
-    target: str = "eps", dtype: torch.dtype = torch.bfloat16, batch: int = _BATCH, n: int = _N
+    target: str = "eps",
+    dtype: torch.dtype = torch.bfloat16,
+    mask: tuple[torch.dtype, int, int] | None = None,
+    batch: int = _BATCH,
+    n: int = _N,
 ) -> None:
-    """Launch `denoising_loss` with its gradient."""
+    """Launch `denoising_loss` with its gradient; a mask's dtype, the length of its rows, and `inner`."""
     t, seed, sample_id, draw = _int64(4, batch)
     out, x0, levels = _empty(batch, n, dtype=dtype), _empty(batch, n), _empty(_ROWS, 2)
-    kind = TARGETS.index(target)
-    denoising_loss_triton(Loss(_empty(batch), out, out, x0, levels, t, seed, sample_id, draw, kind))
+    f = Loss(_empty(batch), out, out, x0, levels, t, seed, sample_id, draw, TARGETS.index(target))
+    if mask is not None:
+        rows = _empty(batch, mask[1], dtype=mask[0])
+        f = f._replace(mask=rows, inner=mask[2], total=_empty(batch))
+    denoising_loss_triton(f)
 
 
 def vlb_terms(
@@ -200,6 +207,18 @@ IN_USE = (
     Specialisation("denoising_loss", "bf16 eps", denoising_loss, 4),
     Specialisation("denoising_loss", "fp16 eps", lambda: denoising_loss(dtype=torch.float16), 4),
     Specialisation("denoising_loss", "fp32 v", lambda: denoising_loss("v", torch.float32), 12),
+    Specialisation(
+        "denoising_loss", "bf16 eps mask uint8", lambda: denoising_loss(mask=(torch.uint8, _N, 1)), 5
+    ),
+    Specialisation(
+        "denoising_loss", "bf16 eps mask fp32", lambda: denoising_loss(mask=(torch.float32, _N, 1)), 8
+    ),
+    Specialisation(
+        "denoising_loss", "bf16 eps mask of pixels", lambda: denoising_loss(mask=(torch.uint8, _N // 3, 1)), 5
+    ),
+    Specialisation(
+        "denoising_loss", "bf16 eps mask of steps", lambda: denoising_loss(mask=(torch.uint8, 16, 192)), 5
+    ),
     Specialisation("vlb_terms", "bf16 learned, both paths", vlb_terms, 14),
     Specialisation("vlb_terms", "fp32 fixed, both paths", lambda: vlb_terms(False, torch.float32), 16),
     Specialisation("normal", "fp32", normal, 4),

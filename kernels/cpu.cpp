@@ -106,6 +106,37 @@ inline void fill_target(float* goal, int kind, float alpha, float sigma, const f
   if (kind == 3) std::copy(x, x + count, goal);
 }
 
+// the numbers of a mask, each for `inner` neighbours and again after `period` of them, of the elements from `start` on
+template <class Number>
+inline void fill_mask(float* m, const Number* mask, int64_t start, int count, int64_t period, int64_t inner) {
+  int64_t at = start / inner % period, left = inner - start % inner;
+  for (int i = 0, run; i < count; i += run) {
+    if (inner == 1) {
+      run = (int)std::min<int64_t>(count - i, period - at);
+      for (int j = 0; j < run; j++) m[i + j] = (float)mask[at + j];
+      at += run;
+    } else {
+      run = (int)std::min<int64_t>(count - i, left);
+      std::fill(m + i, m + i + run, (float)mask[at]);
+      at++;
+      left = inner;
+    }
+    if (at == period) at = 0;
+  }
+}
+
+// the sum of term(0..count), sixteen side by side, so that the compiler need not reorder one
+template <class Term>
+inline double sum_of(int count, Term term) {
+  float part[16] = {0};
+  for (int i = 0; i < count / 16 * 16; i += 16)
+    for (int k = 0; k < 16; k++) part[k] += term(i + k);
+  double total = 0;
+  for (int i = count / 16 * 16; i < count; i++) total += term(i);
+  for (int k = 0; k < 16; k++) total += part[k];
+  return total;
+}
+
 }  // namespace
 
 extern "C" {
@@ -142,10 +173,12 @@ void fd_q_sample(float* x_t, float* target, const float* x0, const float* noise,
 // blocks of a sample of n elements: the sums that fd_denoising_loss leaves for each
 int fd_blocks(int64_t n) { return (int)((n + BLOCK - 1) / BLOCK); }
 
-// sums: [batch, fd_blocks(n)]; out: [batch, lane] with lane = n or 2n; errors, noise or null
+// sums, totals: [batch, fd_blocks(n)]; out: [batch, lane] with lane = n or 2n; errors, noise, mask or null; a mask is float32 if
+// `wide`, else of bytes, its rows `stride` apart
 void fd_denoising_loss(double* sums, float* errors, const float* out, const float* x0, const float* noise, const float* alpha_sigma,
-                       const int64_t* t, const int64_t* seed, const int64_t* sample_id, const int64_t* draw,
-                       int64_t batch, int64_t n, int64_t lane, int64_t levels, int kind, int threads) {
+                       const int64_t* t, const int64_t* seed, const int64_t* sample_id, const int64_t* draw, const void* mask,
+                       double* totals, int64_t batch, int64_t n, int64_t lane, int64_t levels, int64_t stride, int64_t period,
+                       int64_t inner, int wide, int kind, int threads) {
   const int64_t chunks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
   for (int64_t task = 0; task < batch * chunks; task++) {
@@ -157,15 +190,20 @@ void fd_denoising_loss(double* sums, float* errors, const float* out, const floa
     if (!noise && kind != 3) normals(drawn, start, count, seed[b], sample_id[b], draw[b], DOMAIN_TRAIN);
     fill_target(error, kind, alpha_sigma[2 * level], alpha_sigma[2 * level + 1], x0 + base, z, count);
     for (int i = 0; i < count; i++) error[i] = out[b * lane + start + i] - error[i];
-    // sixteen sums side by side, so that the compiler need not reorder one
-    float part[16] = {0};
-    for (int i = 0; i < count / 16 * 16; i += 16)
-      for (int k = 0; k < 16; k++) part[k] += error[i + k] * error[i + k];
-    double total = 0;
-    for (int i = count / 16 * 16; i < count; i++) total += error[i] * error[i];
-    for (int k = 0; k < 16; k++) total += part[k];
-    sums[task] = total;
-    if (errors) std::copy(error, error + count, errors + base);
+    float masked[BLOCK];
+    const float* weighted = error;
+    if (mask) {
+      if (wide) fill_mask(masked, (const float*)mask + b * stride, start, count, period, inner);
+      else fill_mask(masked, (const uint8_t*)mask + b * stride, start, count, period, inner);
+      totals[task] = sum_of(count, [&](int i) { return masked[i]; });
+      for (int i = 0; i < count; i++) {
+        error[i] = masked[i] != 0.0f ? error[i] : 0.0f;
+        masked[i] = masked[i] * error[i];
+      }
+      weighted = masked;
+    }
+    sums[task] = sum_of(count, [&](int i) { return weighted[i] * error[i]; });
+    if (errors) std::copy(weighted, weighted + count, errors + base);
   }
 }
 

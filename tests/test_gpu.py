@@ -63,14 +63,17 @@ def operators(device: str) -> dict[str, Callable[[], Any]]:
     features, weight = normal(BATCH, 8, 5, 3).requires_grad_(), normal(8).requires_grad_()
     large = normal(1, 8, 128, 128).requires_grad_()  # read twice
 
-    def loss() -> Any:
-        each = ops.denoising_loss(out, x0, levels, t, *chain.key, draw, target="v")
+    mask = normal(BATCH, 1, *SHAPE[1:]) > 0
+
+    def loss(**given: Any) -> Any:
+        each = ops.denoising_loss(out, x0, levels, t, *chain.key, draw, target="v", **given)
         return torch.autograd.grad(each.sum(), out)
 
     return {
         "normal": lambda: ops.normal(SHAPE, *chain.key, draw),
         "q_sample": lambda: ops.q_sample(x0, levels, t, *chain.key, draw, target="v"),
         "denoising_loss": loss,
+        "denoising_loss, masked": lambda: loss(mask=mask),
         "vlb_terms": lambda: torch.autograd.grad(ops.vlb_terms(x0, x_t, learned, coef, t).sum(), learned),
         "reverse_step and advance": chain.step,
         "group_norm_silu": lambda: torch.autograd.grad(

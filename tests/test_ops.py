@@ -26,7 +26,10 @@ from fastdiff.schedule import NoiseSchedule
 from fastdiff.train.bound import vlb_coefficients
 
 # what nn.Module or a chain meets; the gradient of group_norm_silu is its own operator
-EVERY = ("normal", "q_sample", "denoising_loss", "vlb_terms", "group_norm_silu", "reverse_step_", "advance_")
+EVERY = (
+    "normal", "q_sample", "denoising_loss", "masked_denoising_loss", "vlb_terms", "group_norm_silu",
+    "reverse_step_", "advance_",
+)  # fmt: skip
 
 
 def raw(given: dict[str, Any]) -> tuple[Any, ...]:
@@ -246,6 +249,7 @@ def test_model_with_every_operator_exports_compiles_and_runs_under_autocast(
             x_t, goal = ops.q_sample(x0, levels, t, key, None, 3, target="v")
             out = self.layer(x_t)
             loss = ops.denoising_loss(out, x0, levels, t, key, None, 3, target="v")
+            loss = loss + ops.denoising_loss(out, x0, levels, t, key, None, 3, mask=x0[:, :1] > 0)
             loss = loss + ops.vlb_terms(x0, x_t, out, coef, t)
             x_t = ops.group_norm_silu(x_t, 3, scale=loss[:, None].expand(2, 3))
             x, row = x_t + ops.normal(SHAPE, key, 2, 0), torch.zeros(2, dtype=torch.int32)
@@ -330,6 +334,7 @@ def test_backend_triton_runs_every_operator_in_the_interpreter(monkeypatch: pyte
         coef = vlb_coefficients(NoiseSchedule.linear(2), "eps")
         losses = [
             ops.denoising_loss(out, x0, torch.eye(2), steps, 3, None, 0),
+            ops.denoising_loss(out, x0, torch.eye(2), steps, 3, None, 0, mask=x0[:, :1] > 0),
             ops.vlb_terms(x0.clamp(-1, 1), x0, out, coef, steps),
             ops.group_norm_silu(out, SHAPE[0]),
         ]
@@ -344,7 +349,7 @@ def test_backend_triton_runs_every_operator_in_the_interpreter(monkeypatch: pyte
         assert_same_bits(actual, wanted)
     for actual, wanted in zip(sums(), near, strict=True):
         assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
-    every = {name.rstrip("_") for name in EVERY} | {"group_norm_silu_backward"}
+    every = {name.rstrip("_").removeprefix("masked_") for name in EVERY} | {"group_norm_silu_backward"}
     assert launched == {(name, "triton") for name in every}
 
 

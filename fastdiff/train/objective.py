@@ -30,7 +30,8 @@ class Losses:
 
     Attributes:
         total: what to minimise; take its mean and call backward.
-        mse: the unweighted squared error of the prediction, averaged over the sample's elements.
+        mse: the unweighted squared error of the prediction, averaged over the sample's elements, of those in
+            the mask if there is one.
         vlb: the term of the variational bound at the sample's time, unweighted and x0 unclipped, in bits/dim;
             None for the losses without it, "simple" and "min_snr".
     """
@@ -143,6 +144,7 @@ class Objective:
         sample_ids: Tensor | None = None,
         draw: int | Tensor = 0,
         cond: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
     ) -> Losses:
         """The losses of the batch `x0`.
 
@@ -162,6 +164,9 @@ class Objective:
             draw: the optimisation step, >= 0; may be a 0-dim int64 tensor. With t=None and tensors on a
                 device, drawing t reads them; pass t to avoid it.
             cond: keyword arguments for the model, such as {"labels": y}.
+            mask: where the loss looks, as `ops.denoising_loss` has it: the mean is each sample's over its own
+                mask, such as the steps of a trajectory [B, T, A] that are no padding, [B, T, 1]. For the
+                losses "simple" and "min_snr".
 
         Returns:
             The losses, with the graph for `losses.total.mean().backward()`.
@@ -170,6 +175,11 @@ class Objective:
             TypeError, ValueError: an argument breaks its contract, or the model's output has another shape.
         """
         _check_images(x0)
+        if mask is not None and self.loss not in ("simple", "min_snr"):
+            raise ValueError(
+                f"`mask` must be None for the loss {self.loss!r}, whose bound has none, got a mask;"
+                " use the loss 'simple' or 'min_snr'"
+            )
         batch, steps = len(x0), len(self.schedule)
         if sample_ids is None:
             sample_ids = torch.arange(batch, device=x0.device)
@@ -191,7 +201,9 @@ class Objective:
         out = prediction_of(model(x_t, tables.timesteps[t], **(cond or {})))
         _check_output(out, x0, self.learned_variance)
         judged = out.detach() if self.loss == "vlb" else out  # there the mse is for the log alone
-        mse = ops.denoising_loss(judged, x0, tables.alpha_sigma, t, *key, target=self.prediction, noise=noise)
+        mse = ops.denoising_loss(
+            judged, x0, tables.alpha_sigma, t, *key, target=self.prediction, noise=noise, mask=mask
+        )
         if tables.bound is None:
             return Losses(total=mse if weight is None else mse * weight, mse=mse)
         is_hybrid = self.loss == "hybrid"
