@@ -7,11 +7,12 @@ from typing import Any
 
 def constants() -> str:
     """The C++ of what the Python modules define, floats as exact hexadecimal literals."""
-    from . import _philox_numpy, exact, layout, philox
+    from . import _philox_numpy, _vlb_cpu, exact, layout, philox
 
     names = {
         _philox_numpy: "ROUNDS MULTIPLIERS KEY_STEPS LOG COS SIN LOG_EXPONENT MANTISSA_BASE EXPONENT_MASK",
         philox: "DOMAIN_STEP DOMAIN_TRAIN DOMAIN_KNOWN",
+        _vlb_cpu: "HALF_BIN HALF_BIN_SQUARED EDGE LEAST SLOPE CUBIC SIX_CUBIC",
         exact: "EXP EXP_LO EXP_HI LOG2E LN2_HI LN2_LO ROUNDER",
         layout: "DRAW READS WRITES QUANTILE PLAN_WIDTH HEAD C_IN_NEXT X0_FROM_X X0_FROM_OUT CLIP_LO CLIP_HI "
         "LOG_VAR_MIN LOG_VAR_MAX LARGEST KNOWN_ALPHA KNOWN_SIGMA FREE_RATIO FREE_STD MAX_REGISTERS READS_OUT "

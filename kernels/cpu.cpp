@@ -1,6 +1,6 @@
 // The CPU's fused kernels: noise drawn in registers, one pass over memory. Compiled at first use by kernels/cpu.py, which puts the
 // constants of philox.py, exact.py and layout.py in front, with contraction off: every operation rounds once, as in Triton and NumPy.
-// The formulas stand in philox.py, q_sample.py and denoising_loss.py; reverse_step.cpp and group_norm.cpp follow in the same unit. BLOCK elements at a time keep all operands in the first-level cache.
+// The formulas stand in philox.py, q_sample.py and denoising_loss.py; vlb.cpp, reverse_step.cpp and group_norm.cpp follow in the same unit. BLOCK elements at a time keep all operands in the first-level cache.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,14 +14,18 @@ constexpr int64_t SERIAL = 16384;  // fewer elements than this are not worth wak
 inline float as_float(int32_t i) { float f; std::memcpy(&f, &i, 4); return f; }
 inline int32_t as_int(float f) { int32_t i; std::memcpy(&i, &f, 4); return i; }
 
+// -2 ln u of normal numbers 0 < u < 4/3
+inline float minus_two_log(float u) {
+  int32_t bits = as_int(u), e = (int32_t)((uint32_t)bits - MANTISSA_BASE) & EXPONENT_MASK;
+  float f = as_float(bits - e) - 1.0f;
+  float q = LOG[7] * f + LOG[6];
+  for (int k = 5; k >= 0; k--) q = q * f + LOG[k];
+  return q * f + (float)e * LOG_EXPONENT;
+}
+
 inline void box_muller(int quads, const uint32_t* w0, const uint32_t* w1, float* z0, float* z1) {
   for (int j = 0; j < quads; j++) {
-    float u = (float)w0[j] * 0x1p-32f + 0x1p-33f;
-    int32_t bits = as_int(u), e = (int32_t)((uint32_t)bits - MANTISSA_BASE) & EXPONENT_MASK;
-    float f = as_float(bits - e) - 1.0f;
-    float q = LOG[7] * f + LOG[6];
-    for (int k = 5; k >= 0; k--) q = q * f + LOG[k];
-    float radius = std::sqrt(q * f + (float)e * LOG_EXPONENT);
+    float radius = std::sqrt(minus_two_log((float)w0[j] * 0x1p-32f + 0x1p-33f));
     float v4 = (float)w1[j] * 0x1p-30f, rounded = v4 + ROUNDER;
     int32_t k = as_int(rounded);
     float r = v4 - (rounded - ROUNDER), s = r * r;

@@ -24,11 +24,14 @@ import torch
 from . import _cache
 from ._cpp_constants import constants
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "reverse_step.cpp", "group_norm.cpp"))
+_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp") for name in ("cpu", "vlb", "reverse_step", "group_norm")
+)
 _OPS = [
     "normal",
     "q_sample",
     "denoising_loss",
+    "vlb_terms",
     "reverse_step",
     "threshold",
     "group_norm",

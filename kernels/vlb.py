@@ -25,9 +25,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from . import cpu
 from ._blocks import cut, first_element
 from ._triton import jit, tl
-from ._vlb_torch import (
+from ._vlb_cpu import (
     BITS,
     CLIP_HI,
     CLIP_LO,
@@ -36,24 +37,25 @@ from ._vlb_torch import (
     GAP_AT_MAX,
     GAP_AT_MIN,
     HALF_BIN,
+    HALF_BIN_SQUARED,
     LEAST,
     MEAN_WEIGHT,
+    SIX_CUBIC,
     SLOPE,
     WIDTH,
     X0_FROM_OUT,
     X0_FROM_X,
     factors,
-    few_samples,
     rows,
+    terms_eager,
+    terms_native,
 )
 from .exact import exact_exp, exact_exp_rest
 from .philox import minus_two_log
 
-_CHUNK = 2**16  # elements whose temporaries stay in a core's cache
-
-_HALF_BIN, _EDGE, _LEAST = tl.constexpr(HALF_BIN), tl.constexpr(EDGE), tl.constexpr(LEAST)
-_SLOPE, _CUBIC, _WIDTH = (tl.constexpr(c) for c in (SLOPE, CUBIC, WIDTH))
-_HALF_BIN_SQUARED = tl.constexpr(HALF_BIN**2)
+_HALF_BIN, _HALF_BIN_SQUARED, _EDGE, _LEAST, _SLOPE, _CUBIC, _SIX_CUBIC, _WIDTH = (
+    tl.constexpr(c) for c in (HALF_BIN, HALF_BIN_SQUARED, EDGE, LEAST, SLOPE, CUBIC, SIX_CUBIC, WIDTH)
+)
 
 
 class Terms(NamedTuple):
@@ -129,7 +131,7 @@ def _nll(x0, error, gap, weight):
     rise_p, rise_q = _SLOPE + 3.0 * aa, _SLOPE + 3.0 * bb
     by_log_k = s_p * (a * rise_p) - s_q * (b * rise_q) + s_y * (span * (_SLOPE + 3.0 * bend))
     by_error = (root * (1.0 / weight)) * (
-        s_p * rise_p - s_q * rise_q + s_y * (span * ((6.0 * _CUBIC) * (k * error)))
+        s_p * rise_p - s_q * rise_q + s_y * (span * (_SIX_CUBIC * (k * error)))
     )
     return term, tl.where(p < _LEAST, 0.0, -0.5 * by_log_k), tl.where(p < _LEAST, 0.0, by_error)
 
@@ -201,15 +203,17 @@ def vlb_terms_torch(f: Terms) -> None:
 
     All numbers may be float64, and the arithmetic then is.
 
-    Traffic: reads x0, x_t and out once, writes the gradients once; temporaries are a few samples large.
+    Traffic: reads x0, x_t and out once, writes the gradients once.
     """
-    batch, n = f.x0.shape
     if not f.x0.numel():
         f.vlb.zero_()
         return
-    step = max(1, _CHUNK // n)
-    for start in range(0, batch, step):
-        few_samples(Terms._make(a if a is None or a is f.coef else a[start : start + step] for a in f))
+    is_float32 = f.x0.device.type == "cpu" and f.x0.dtype == torch.float32
+    native = cpu.library() if is_float32 else None
+    if native is None:
+        terms_eager(f)
+    else:
+        terms_native(native, f)
 
 
 def vlb_terms_reference(f: Terms) -> None:

@@ -128,9 +128,11 @@ def test_probabilities_of_the_256_levels_add_up_to_one() -> None:
 
 def test_exact_prediction_with_the_posteriors_variance_costs_nothing() -> None:
     f = operands(63, "x0", "fixed_small")._replace(grad_mean=None, grad_v=None)
-    vlb_terms_torch(f._replace(out=f.x0))
-    assert f.vlb[3:].tolist() == [0.0] * 5
-    assert (f.vlb[:3] > 0).all()
+    for backend in BACKENDS[:2]:
+        run(backend, f._replace(out=f.x0))
+        assert f.vlb[3:].tolist() == [0.0] * 5
+        assert (f.vlb[:3] > 0).all()
+        f.vlb.fill_(float("nan"))
 
 
 def test_rest_of_the_exponential_keeps_its_digits_near_0() -> None:
@@ -140,7 +142,37 @@ def test_rest_of_the_exponential_keeps_its_digits_near_0() -> None:
     assert np.abs(q / taylor - 1).max() <= 8e-7
 
 
-@pytest.mark.parametrize("backend", ["torch", BACKENDS[-1]])
+@pytest.mark.interpret
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+@pytest.mark.parametrize("prediction", ["eps", "x0"])
+def test_compiled_loop_has_the_interpreters_bits(variance: str, prediction: str) -> None:
+    """Of the gradients, which hold what the terms are made of; the sums are in another order."""
+    f = operands(1823, prediction, variance)
+    if prediction == "x0":
+        f.out[-1, :1823] = f.x0[-1]  # an error of 0, whose gradient has a sign
+    other = copies(f)
+    run("native", f)
+    run("interpret", other)
+    for one, wanted in zip(f[1:3], other[1:3], strict=True):
+        if one is not None:
+            assert_same_bits(one, wanted)
+    torch.testing.assert_close(f.vlb, other.vlb, rtol=64 * EPS, atol=0)
+
+
+def test_number_of_threads_changes_no_bit() -> None:
+    f, before = operands(3000), torch.get_num_threads()
+    again = copies(f)
+    try:
+        for each, threads in ((f, 1), (again, 3)):
+            torch.set_num_threads(threads)
+            run("native", each)
+    finally:
+        torch.set_num_threads(before)
+    for one, wanted in zip(again[:3], f[:3], strict=True):
+        assert_same_bits(one, wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native", BACKENDS[-1]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_changes_only_the_casts(backend: str, dtype: torch.dtype) -> None:
     f = operands(63)

@@ -1,12 +1,14 @@
-"""`vlb_terms` without Triton, in torch; and the constants of its formula, which stands in vlb.py."""
+"""`vlb_terms` without Triton: the loop of vlb.cpp, and torch; the constants of the formula in vlb.py."""
 
 from __future__ import annotations
 
 import math
+from ctypes import CDLL, c_int64
 from typing import TYPE_CHECKING
 
 import torch
 
+from . import cpu
 from .exact import EXP_HI
 
 if TYPE_CHECKING:
@@ -15,13 +17,45 @@ if TYPE_CHECKING:
 # columns of a row of `coef`; the gaps are ln s^2 less log_var_min and log_var_max
 X0_FROM_X, X0_FROM_OUT, CLIP_LO, CLIP_HI, MEAN_WEIGHT, GAP_AT_MIN, GAP_AT_MAX, WIDTH = *range(7), 8
 HALF_BIN, EDGE, LEAST = 1 / 255, 0.999, 1e-12
+HALF_BIN_SQUARED = HALF_BIN**2
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * SLOPE
+SIX_CUBIC = 6 * CUBIC
 BITS = 1 / math.log(2)
 
+_CHUNK = 2**16  # elements whose temporaries stay in a core's cache
 
-def few_samples(f: Terms) -> None:
-    """`vlb_terms_torch` of samples whose temporaries fit the memory."""
+
+def terms_native(native: CDLL, f: Terms) -> None:
+    """The compiled loop, of float32; a network's half precision it meets in float32."""
+    batch, n = f.x0.shape
+    sums = torch.empty(batch, native.fd_blocks(c_int64(n)), dtype=torch.float64, device="cpu")
+    wide = [
+        a if a is None or a.dtype == torch.float32 else torch.empty_like(f.x0)
+        for a in (f.grad_mean, f.grad_v)
+    ]
+    out = f.out.float()
+    native.fd_vlb_terms(
+        *map(cpu.pointer, (sums, *wide, f.x0, f.x_t, out, f.coef, f.t)),
+        *map(c_int64, (batch, n, out.shape[1], f.coef.shape[0])), torch.get_num_threads(),
+    )  # fmt: skip
+    f.vlb.copy_(sums.sum(1) * (BITS / n))
+    for written, own in zip((f.grad_mean, f.grad_v), wide, strict=True):
+        if written is not None and written is not own:
+            written.copy_(own)  # type: ignore[arg-type]
+
+
+def terms_eager(f: Terms) -> None:
+    """The same in torch, a few samples at a time; in float64 where x0 is."""
+    batch, n = f.x0.shape
+    step = max(1, _CHUNK // n)
+    for start in range(0, batch, step):
+        few = (a if a is None or a is f.coef else a[start : start + step] for a in f)
+        _few_samples(type(f)._make(few))
+
+
+def _few_samples(f: Terms) -> None:
+    """`terms_eager` of samples whose temporaries fit the memory."""
     n, dtype = f.x0.shape[1], f.x0.dtype
     row, first = rows(f, dtype)
     prediction = f.out[:, :n].to(dtype)
@@ -68,7 +102,7 @@ def _discretised(
     a, b = k * (error + HALF_BIN), k * (error - HALF_BIN)
     aa, bb = CUBIC * a.square(), CUBIC * b.square()
     span = 2 * HALF_BIN * k
-    bend = CUBIC * k.square() * (3.0 * error.square() + HALF_BIN**2)
+    bend = CUBIC * k.square() * (3.0 * error.square() + HALF_BIN_SQUARED)
     above, below = x0 > EDGE, x0 < -EDGE
     p, q, y = a * (SLOPE + aa), b * (SLOPE + bb), span * (SLOPE + bend)
     s_p, s_q = torch.sigmoid(-p).where(~above, 0.0), torch.sigmoid(q).where(~below, 0.0)
@@ -78,7 +112,7 @@ def _discretised(
     s_y = torch.expm1(y).reciprocal().where(~bounded, 0.0)
     rise_p, rise_q = SLOPE + 3.0 * aa, SLOPE + 3.0 * bb
     by_log_k = s_p * (a * rise_p) - s_q * (b * rise_q) + s_y * (span * (SLOPE + 3.0 * bend))
-    by_error = (root / weight) * (s_p * rise_p - s_q * rise_q + s_y * (span * (6.0 * CUBIC * (k * error))))
+    by_error = (root / weight) * (s_p * rise_p - s_q * rise_q + s_y * (span * (SIX_CUBIC * (k * error))))
     least = probability < LEAST
     return (
         -probability.clamp(min=LEAST).log(),

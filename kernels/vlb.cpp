@@ -1,0 +1,88 @@
+// The terms of the variational bound and their gradient, of vlb.py: its operations in its order, of which Triton takes -a as 0 - a. Behind cpu.cpp in one unit.
+
+namespace {
+
+struct Exponential { float power, less, rest; };  // exp(y), exp(y) - 1, exp(y) - 1 - y
+
+inline Exponential exp_rest(float y) {
+  y = y < EXP_LO ? EXP_LO : y > EXP_HI ? EXP_HI : y;
+  float rounded = y * LOG2E + ROUNDER, n = rounded - ROUNDER;
+  float r = (y - n * LN2_HI) - n * LN2_LO;
+  float q = EXP[6] * r + EXP[5];
+  for (int k = 4; k >= 2; k--) q = q * r + EXP[k];
+  float power = ((q * r + EXP[1]) * r + EXP[0]) * as_float((int32_t)((uint32_t)(as_int(rounded) + 127) << 23));
+  float rest = (q * r) * r, less = power - 1.0f;
+  return {power, n == 0.0f ? r + rest : less, n == 0.0f ? rest : less - y};
+}
+
+struct Term { float nats, by_gap, by_x0; };
+
+inline Term divergence(float error, float gap, float weight) {
+  Exponential e = exp_rest(gap);
+  float m = weight * error, square = e.power * (m * m);
+  return {0.5f * (e.rest + square), 0.5f * (e.less + square), 0.0f - e.power * error};
+}
+
+inline Term likelihood(float x0, float error, float gap, float weight) {
+  float root = exact_exp(0.5f * gap), k = weight * root;
+  float a = k * (error + HALF_BIN), b = k * (error - HALF_BIN);
+  float aa = CUBIC * (a * a), bb = CUBIC * (b * b), span = (2.0f * HALF_BIN) * k;
+  float bend = (CUBIC * (k * k)) * (3.0f * (error * error) + HALF_BIN_SQUARED);
+  bool above = x0 > EDGE, below = x0 < -EDGE, outermost = above | below;
+  float e_p = exact_exp(0.0f - a * (SLOPE + aa)), e_q = exact_exp(b * (SLOPE + bb));
+  e_p = above ? 0.0f : e_p;
+  e_q = below ? 0.0f : e_q;
+  Exponential e = exp_rest(0.0f - span * (SLOPE + bend));
+  float e_y = outermost ? 0.0f : e.power, top = outermost ? 1.0f : 0.0f - e.less;
+  float from_p = 1.0f + e_p, from_q = 1.0f + e_q, bottom = from_p * from_q, p = top / bottom;
+  float nats = 0.5f * minus_two_log(p > LEAST ? p : LEAST);
+  nats = p == p ? nats : p;
+  float s_p = e_p * from_q / bottom, s_q = e_q * from_p / bottom, s_y = e_y / top;
+  float rise_p = SLOPE + 3.0f * aa, rise_q = SLOPE + 3.0f * bb;
+  float by_log_k = s_p * (a * rise_p) - s_q * (b * rise_q) + s_y * (span * (SLOPE + 3.0f * bend));
+  float by_error = (root * (1.0f / weight)) * (s_p * rise_p - s_q * rise_q + s_y * (span * (SIX_CUBIC * (k * error))));
+  bool least = p < LEAST;
+  return {nats, least ? 0.0f : -0.5f * by_log_k, least ? 0.0f : by_error};
+}
+
+}  // namespace
+
+extern "C" {
+
+// sums: [batch, fd_blocks(n)], in nats; out: [batch, lane] with lane = n or 2n; grad_mean, grad_v or null; coef: [levels, 8]
+void fd_vlb_terms(double* sums, float* grad_mean, float* grad_v, const float* x0, const float* x_t, const float* out, const float* coef,
+                  const int64_t* t, int64_t batch, int64_t n, int64_t lane, int64_t levels, int threads) {
+  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
+  for (int64_t task = 0; task < batch * chunks; task++) {
+    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
+    const int count = (int)std::min<int64_t>(BLOCK, n - start);
+    const int64_t level = std::min<int64_t>(std::max<int64_t>(t[b], 0), levels - 1);
+    const float* row = coef + level * 8;  // X0_FROM_X, ..., GAP_AT_MAX of _vlb_cpu.py
+    const float from_x = row[0], from_out = row[1], low = row[2], high = row[3], weight = row[4], at_min = row[5], at_max = row[6];
+    const float *x = x0 + base, *noisy = x_t + base, *o = out + b * lane + start, *v = o + n;
+    float raw[BLOCK], error[BLOCK], gap[BLOCK], nats[BLOCK], by_gap[BLOCK], by_x0[BLOCK];
+    for (int i = 0; i < count; i++) raw[i] = (from_x != 0.0f ? from_x * noisy[i] : 0.0f) + from_out * o[i];
+    for (int i = 0; i < count; i++) error[i] = x[i] - (raw[i] < low ? low : raw[i] > high ? high : raw[i]);
+    std::fill(gap, gap + count, 0.0f + at_min);
+    if (lane != n)
+      for (int i = 0; i < count; i++) {
+        float f = (v[i] + 1.0f) * 0.5f;
+        gap[i] = f * at_max + (1.0f - f) * at_min;
+      }
+    for (int i = 0; i < count; i++) {
+      Term term = level == 0 ? likelihood(x[i], error[i], gap[i], weight) : divergence(error[i], gap[i], weight);
+      nats[i] = term.nats;
+      by_gap[i] = term.by_gap;
+      by_x0[i] = term.by_x0;
+    }
+    sums[task] = sum_of(count, [&](int i) { return nats[i]; });
+    if (grad_mean)
+      for (int i = 0; i < count; i++) grad_mean[base + i] = (raw[i] >= low) & (raw[i] <= high) ? by_x0[i] : 0.0f;
+    const float share = 1.0f / (weight > 1.0f ? weight : 1.0f);
+    if (grad_v)
+      for (int i = 0; i < count; i++) grad_v[base + i] = by_gap[i] * share;
+  }
+}
+
+}  // extern "C"
