@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -119,13 +119,15 @@ def addressed(ptx: str) -> Counter[tuple[int, int]]:
 
 
 def tensor_bytes(ttir: str) -> dict[int, int]:
-    """Bytes that one program's loads and stores of its largest blocks move, by the parameter's number."""
-    names = re.findall(
-        r"(%\w+): (?:!tt\.ptr|i\d)", next(x for x in ttir.splitlines() if "tt.func public" in x)
-    )
+    """Bytes that one program's loads and stores of its largest blocks move, by the parameter's number.
+
+    Of a branch's two ways it takes one: the one with more accesses counts.
+    """
+    lines, _ = _region(iter(ttir.splitlines()))
+    names = re.findall(r"(%\w+): (?:!tt\.ptr|i\d)", next(x for x in lines if "tt.func public" in x))
     begins = {name: i for i, name in enumerate(names)}
     found = []
-    for line in ttir.splitlines():
+    for line in lines:
         if m := re.search(r"(%\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) (%\w+)", line):
             begins |= {m[1]: begins[m[2]]} if m[2] in begins else {}
         if m := re.search(r"tt\.(?:load|store) (%\w+).*?: tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", line):
@@ -136,6 +138,23 @@ def tensor_bytes(ttir: str) -> dict[int, int]:
         if size == largest:
             moved[parameter] = moved.get(parameter, 0) + size * width
     return moved
+
+
+def _region(lines: Iterator[str]) -> tuple[list[str], str]:
+    """The lines of a listing up to the region's end, of each branch one way's, and the line that ends it."""
+    kept: list[str] = []
+    for line in lines:
+        if line.lstrip().startswith("}"):
+            return kept, line
+        kept.append(line)
+        if line.endswith("{"):
+            way, end = _region(lines)
+            if "} else {" in end:
+                way = max(
+                    way, _region(lines)[0], key=lambda x: sum("tt.load" in a or "tt.store" in a for a in x)
+                )
+            kept += way
+    return kept, ""
 
 
 def wide_share(ptx: str, full: Collection[int]) -> float:

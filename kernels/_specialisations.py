@@ -220,6 +220,7 @@ IN_USE = (
         "denoising_loss", "bf16 eps mask of steps", lambda: denoising_loss(mask=(torch.uint8, 16, 192)), 5
     ),
     Specialisation("vlb_terms", "bf16 learned, both paths", vlb_terms, 14),
+    Specialisation("vlb_terms", "fp16 learned, both paths", lambda: vlb_terms(dtype=torch.float16), 14),
     Specialisation("vlb_terms", "fp32 fixed, both paths", lambda: vlb_terms(False, torch.float32), 16),
     Specialisation("normal", "fp32", normal, 4),
     Specialisation("advance", "int32", advance, 16),  # for each slot: its row, read and written, and a time

@@ -46,12 +46,21 @@ from ._vlb_cpu import (
     X0_FROM_OUT,
     X0_FROM_X,
     factors,
-    rows,
     terms_eager,
     terms_native,
 )
+from ._vlb_reference import vlb_terms_reference
 from .exact import exact_exp, exact_exp_rest
 from .philox import minus_two_log
+
+__all__ = [
+    "Terms",
+    "factors",
+    "pack",
+    "vlb_terms_reference",
+    "vlb_terms_torch",
+    "vlb_terms_triton",
+]
 
 _HALF_BIN, _HALF_BIN_SQUARED, _EDGE, _LEAST, _SLOPE, _CUBIC, _SIX_CUBIC, _WIDTH = (
     tl.constexpr(c) for c in (HALF_BIN, HALF_BIN_SQUARED, EDGE, LEAST, SLOPE, CUBIC, SIX_CUBIC, WIDTH)
@@ -137,15 +146,12 @@ def _nll(x0, error, gap, weight):
 
 
 @jit
-def _vlb_terms_kernel(
-    sum_ptr, grad_mean_ptr, grad_v_ptr, x0_ptr, x_t_ptr, out_ptr, coef_ptr, t_ptr, levels, n,
-    LEARNED: tl.constexpr, GRAD_MEAN: tl.constexpr, GRAD_V: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+def _block_of(
+    sum_ptr, grad_mean_ptr, grad_v_ptr, x0_ptr, x_t_ptr, out_ptr, row, b, n,
+    FIRST: tl.constexpr, LEARNED: tl.constexpr, GRAD_MEAN: tl.constexpr, GRAD_V: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    level = tl.load(t_ptr + b)
-    level = tl.minimum(tl.maximum(level, 0), levels - 1)
-    row = coef_ptr + level * _WIDTH  # in the order of X0_FROM_X, ..., GAP_AT_MAX
+    """What a program does at t = 0, or where t > 0."""
     from_x, from_out = tl.load(row), tl.load(row + 1)
     low, high = tl.load(row + 2), tl.load(row + 3)
     weight, gap_at_min, gap_at_max = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
@@ -167,7 +173,7 @@ def _vlb_terms_kernel(
         v = tl.load(out_ptr + lane + n + offset, mask=inside, other=0.0).to(tl.float32)
         f = (v + 1.0) * 0.5
         gap = f * gap_at_max + (1.0 - f) * gap_at_min
-    if level == 0:
+    if FIRST:
         term, by_gap, by_x0 = _nll(x0, error, gap, weight)
     else:
         term, by_gap, by_x0 = _kl(error, gap, weight)
@@ -180,6 +186,29 @@ def _vlb_terms_kernel(
     if GRAD_V:
         by_v = by_gap * (1.0 / tl.maximum(weight, 1.0))
         tl.store(grad_v_ptr + own + offset, by_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _vlb_terms_kernel(
+    sum_ptr, grad_mean_ptr, grad_v_ptr, x0_ptr, x_t_ptr, out_ptr, coef_ptr, t_ptr, levels, n,
+    LEARNED: tl.constexpr, GRAD_MEAN: tl.constexpr, GRAD_V: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    level = tl.load(t_ptr + b)
+    level = tl.minimum(tl.maximum(level, 0), levels - 1)
+    row = coef_ptr + level * _WIDTH  # in the order of X0_FROM_X, ..., GAP_AT_MAX
+    # each path with its own loads and stores: what crosses a branch holds registers, at t > 0 as well
+    if level == 0:
+        _block_of(
+            sum_ptr, grad_mean_ptr, grad_v_ptr, x0_ptr, x_t_ptr, out_ptr, row, b, n,
+            True, LEARNED, GRAD_MEAN, GRAD_V, BLOCK,
+        )  # fmt: skip
+    else:
+        _block_of(
+            sum_ptr, grad_mean_ptr, grad_v_ptr, x0_ptr, x_t_ptr, out_ptr, row, b, n,
+            False, LEARNED, GRAD_MEAN, GRAD_V, BLOCK,
+        )  # fmt: skip
 
 
 def vlb_terms_triton(f: Terms) -> None:
@@ -214,36 +243,3 @@ def vlb_terms_torch(f: Terms) -> None:
         terms_eager(f)
     else:
         terms_native(native, f)
-
-
-def vlb_terms_reference(f: Terms) -> None:
-    """The formula in float64, its gradient by autograd; vlb and the gradients may be float64."""
-    if not f.x0.numel():
-        f.vlb.zero_()
-        return
-    n, x0 = f.x0.shape[1], f.x0.double()
-    row, first = rows(f, torch.float64)
-    out = f.out.detach().double().requires_grad_()
-    with torch.enable_grad():
-        raw = row[X0_FROM_X] * f.x_t.double().where(row[X0_FROM_X] != 0, 0) + row[X0_FROM_OUT] * out[:, :n]
-        error = x0 - raw.clamp(row[CLIP_LO], row[CLIP_HI])
-        share = (out[:, n:] + 1) / 2 if out.shape[1] != n else x0.new_zeros(1, 1)
-        gap = share * row[GAP_AT_MAX] + (1 - share) * row[GAP_AT_MIN]
-        k = row[MEAN_WEIGHT] * torch.exp(gap / 2)
-        kl = 0.5 * (torch.expm1(gap) - gap + (k * error) ** 2)
-        p, q = (k * (error + h) for h in (HALF_BIN, -HALF_BIN))
-        p, q = (z * (SLOPE + CUBIC * z**2) for z in (p, q))
-        # sigmoid(p) - sigmoid(q), from the side where both are small
-        sign = torch.where(error > 0, -1.0, 1.0)
-        inner = (torch.sigmoid(sign * p) - torch.sigmoid(sign * q)).abs()
-        probability = torch.where(x0 < -EDGE, p.sigmoid(), torch.where(x0 > EDGE, (-q).sigmoid(), inner))
-        terms = torch.where(first, -probability.clamp(min=LEAST).log(), kl)
-        vlb = terms.mean(1) * BITS
-        (grad,) = torch.autograd.grad(vlb.sum(), out)
-    f.vlb.copy_(vlb.detach())
-    parts = zip(
-        (f.grad_mean, f.grad_v), (grad[:, :n], grad[:, n:]), factors(f.coef.double(), f.t, n), strict=True
-    )
-    for written, part, factor in parts:
-        if written is not None:
-            written.copy_(part / factor[:, None])

@@ -40,8 +40,9 @@ BUDGETS = {  # executed instructions per element, registers
     "denoising_loss fp16 eps": (70, 64),
     "denoising_loss fp32 v": (80, 64),
     "denoising_loss bf16 eps mask fp32": (80, 64),
-    "vlb_terms bf16 learned, both paths": (280, 128),  # of which a sample takes one
-    "vlb_terms fp32 fixed, both paths": (230, 112),
+    "vlb_terms bf16 learned, both paths": (310, 64),  # of which a sample takes one
+    "vlb_terms fp16 learned, both paths": (310, 80),
+    "vlb_terms fp32 fixed, both paths": (250, 80),
     "normal fp32": (60, 64),
 }
 
@@ -60,7 +61,6 @@ NORM_BUDGETS = {
     "group_norm_silu gradient bf16": (50, 64),
     "group_norm_silu gradient bf16 last": (65, 96),
 }
-
 
 # what few use: no narrower than its operands allow, yet a mask's bytes move 8 at a time; the last number is
 # the share of all bytes that 128-bit accesses move

@@ -90,3 +90,21 @@ def test_accesses_belong_to_the_tensors_that_their_addresses_start_from() -> Non
     assert _machine_code.wide_share(PTX, {0}) == pytest.approx(2 / 3)
     assert _machine_code.wide_share(PTX, {1}) == 0.0
     assert _machine_code.wide_share(PTX, ()) == 0.0
+
+
+def test_bytes_of_a_branch_are_those_of_its_larger_way() -> None:
+    load = "%{0} = tt.load %p, %m : tensor<64x!tt.ptr<f32>> loc(#loc)"
+    text = f"""
+  tt.func public @k(%x_ptr: !tt.ptr<f32> {{tt.divisibility = 16 : i32}} loc("x"), %n: i32) {{
+    %p = tt.splat %x_ptr : !tt.ptr<f32> -> tensor<64x!tt.ptr<f32>> loc(#loc)
+    scf.if %0 {{
+      {load.format("a")}
+      "tt.reduce"(%a) <{{axis = 0 : i32}}> ({{
+      }}) : (tensor<64xf32>) -> f32 loc(#loc)
+    }} else {{
+      {load.format("b")}
+      tt.store %p, %b, %m : tensor<64x!tt.ptr<f32>> loc(#loc)
+    }} loc(#loc)
+    {load.format("c")}
+  }} loc(#loc)"""
+    assert _machine_code.tensor_bytes(text) == {0: (2 + 1) * 64 * 4}
