@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="needs Triton")
 import triton
 
+from benchmarks import kernels as kernel_table
+from benchmarks.sections import replaced
 from fastdiff.kernels import _machine_code, _specialisations, inspect
 from fastdiff.kernels._specialisations import IN_USE
 
@@ -88,6 +90,14 @@ def test_kernel_stays_within_its_budget(name: str, target: str) -> None:
     assert got.executed <= instructions
     assert got.registers <= registers
     assert (got.spills, got.stack) == (0, 0)
+
+
+@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="the table is of Triton 3.7.1")
+def test_the_pages_table_is_what_the_machine_code_says() -> None:
+    page = kernel_table.PAGE.read_text()
+    found = kernel_table.table([examined(name, target) for name in VARIANTS for target in NVIDIA])
+    assert f"Triton {triton.__version__}," in page
+    assert replaced(page, "kernels", f"\n{found}\n\n") == page
 
 
 @budget
