@@ -12,6 +12,7 @@ from loss_cases import operands, run
 from torch.library import opcheck
 
 from fastdiff import _dispatch, ops
+from fastdiff.capture import explain_capture
 from fastdiff.kernels.denoising_loss import Loss, denoising_loss_reference
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import Objective
@@ -236,6 +237,27 @@ def test_mask_of_any_strides_gives_the_same_bits() -> None:
         expected = ops.denoising_loss(mask=mask, **given)
         for other in (apart, last):
             assert_same_bits(ops.denoising_loss(mask=other, **given), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mask_is_never_read_by_the_host(shape: tuple[int, ...]) -> None:
+    """So a step with one can be captured: its shape alone says how it is read."""
+    rows, inner = _dispatch._rows_of_mask(torch.empty(shape, device="meta"), torch.Size(SHAPE))
+    of_values, same = _dispatch._rows_of_mask(torch.ones(shape), torch.Size(SHAPE))
+    assert (rows.shape, rows.stride(), inner) == (of_values.shape, of_values.stride(), same)
+    given = arguments()
+    mask = drawn(shape, "bool")
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in (("levels", given["alpha_sigma"]), ("mask", mask), ("ids", torch.arange(4))):
+                self.register_buffer(name, value)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return ops.denoising_loss(x, x, self.levels, t, 7, self.ids, self.ids, mask=self.mask)
+
+    assert explain_capture(Step(), (given["x0"], given["t"])).findings == ()
 
 
 def call(**changes: Any) -> Callable[[], Any]:
