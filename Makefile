@@ -17,12 +17,14 @@ sample: $(VENV)/.sample ## Sample 100 handwritten digits into samples.png with t
 	$(BIN)/fastdiff sample --model digits --num 100 --steps 20 --guidance 2 --out samples.png
 
 # Two runs: TRITON_INTERPRET binds when a kernel is defined, and excludes compiled kernels. A file of tests stays
-# in one worker, which keeps what its tests share; `make test WORKERS=0` runs all in one process.
+# in one worker, which keeps what its tests share, in the order of names: the last ones are short.
+# `make test WORKERS=0` runs all in one process.
 WORKERS ?= auto
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.test ## Run the tests, and those of the Triton kernels in Triton's interpreter
 	@status=0; \
-	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile -m "not slow" || status=$$?; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile -m interpret || status=$$?; \
+	$(PYTEST) -m "not slow" || status=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret || status=$$?; \
 	exit $$status
 
 bench: $(VENV)/.bench ## Measure against torch and diffusers, and bring the tables of benchmarks/README.md up to date

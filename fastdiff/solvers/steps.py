@@ -147,13 +147,16 @@ def lagrange_integrals(
     Args:
         points: quadrature points; exact for polynomials below degree 2 * points.
     """
-    totals = [0.0] * len(nodes)
-    for w, share in _gauss_legendre(points):
-        share = share if weight is None else share * weight(w)
-        for j, node in enumerate(nodes):
-            value = share
-            for k, other in enumerate(nodes):
-                if k != j:
-                    value *= (w - other) / (node - other)
-            totals[j] += value
-    return totals
+    quadrature = _gauss_legendre(points)
+    if weight is not None:
+        quadrature = [(w, share * weight(w)) for w, share in quadrature]
+    integrals = []
+    for j, node in enumerate(nodes):
+        others = [*nodes[:j], *nodes[j + 1 :]]
+        total = 0.0
+        for w, value in quadrature:
+            for other in others:
+                value *= w - other
+            total += value
+        integrals.append(total / math.prod(node - other for other in others))
+    return integrals
