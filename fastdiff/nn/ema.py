@@ -46,15 +46,20 @@ class EMA:
         Raises:
             ValueError: the model's parameters are not those of the one that the average was made from.
         """
-        parameters, buffers = self._matching(model)
+        parameters, _ = self._matching(model)
+        self._move(list(self.parameters.values()), [parameters[name] for name in self.parameters])
+        self._copy_buffers(model)
+
+    def _move(self, averages: list[Tensor], current: list[Tensor]) -> None:
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averages = list(self.parameters.values())
-        current = [parameters[name].to(a.device, a.dtype) for name, a in self.parameters.items()]
-        torch._foreach_lerp_(averages, current, 1 - decay)
-        _copy(buffers, self.buffers)
+        targets = [c.to(a.device, a.dtype) for a, c in zip(averages, current, strict=True)]
+        torch._foreach_lerp_(averages, targets, 1 - decay)
         self.num_updates += 1
+
+    def _copy_buffers(self, model: nn.Module) -> None:
+        _copy({name: b for name, b in model.named_buffers() if name in self.buffers}, self.buffers)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

@@ -61,7 +61,7 @@ def save_checkpoint(
     path: Path,
     model: nn.Module,
     emas: Sequence[Any],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     times: Any,
     step: int,
     seconds: float,
@@ -71,10 +71,10 @@ def save_checkpoint(
     Raises:
         OSError: it could not be written (a full disk); the checkpoints that were there are untouched.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    moments = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
     averages = {str(i): ema.state_dict() for i, ema in enumerate(emas)}
-    state = dict(zip(_PARTS, (model.state_dict(), averages, moments, times.state_dict()), strict=True))
+    state = dict(
+        zip(_PARTS, (model.state_dict(), averages, optimizer.state_dict(), times.state_dict()), strict=True)
+    )
     tensors: dict[str, Tensor] = {}
     # What is no tensor (an EMA's count, say) goes to the JSON, which keeps numbers exactly.
     numbers: dict[str, Any] = {}
@@ -161,7 +161,7 @@ def _crc32(tensors: Mapping[str, Tensor]) -> int:
 
 
 def restore(
-    path: Path, model: nn.Module, emas: Sequence[Any], optimizer: torch.optim.Optimizer, times: Any
+    path: Path, model: nn.Module, emas: Sequence[Any], optimizer: Any, times: Any
 ) -> tuple[int, float]:
     """Put a checkpoint's state into all of these, bit for bit; return (step, seconds).
 
@@ -176,23 +176,8 @@ def restore(
     for i, ema in enumerate(emas):
         ema.load_state_dict(state["ema"][str(i)])
     times.load_state_dict(state["times"])
-    moments = {
-        i: {key: _laid_out_as(parameter, value) for key, value in state["optimizer"][name].items()}
-        for i, (name, parameter) in enumerate(parameters.items())
-        if name in state["optimizer"]
-    }
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(state["optimizer"])
     return about["step"], about["seconds"]
-
-
-def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A moment with the strides of its parameter; the file keeps none.
-
-    The fused AdamW pairs the two by their place in memory: with other strides it updates the wrong weights.
-    """
-    if value.shape != parameter.shape:
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _check_same(

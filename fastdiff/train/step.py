@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdiff.nn import EMA
 from fastdiff.train import draws
+from fastdiff.train.adamw import AdamW
 from fastdiff.train.config import TrainConfig
 from fastdiff.train.feed import Part
+from fastdiff.train.flat import Flat, FlatEMA
 from fastdiff.train.network import Network
 from fastdiff.train.objective import Objective
 from fastdiff.train.ranks import Ranks
@@ -81,17 +82,12 @@ class Stepper:
     ) -> None:
         self._model, self._objective, self._config = model, objective, config
         self._ranks, self._times = ranks, times
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._device = self._parameters[0].device
+        self.flat = Flat(model)
+        self._device = self.flat.parameters[0].device
         self._network = Network(model, config, ranks)
-        # One fused pass over all parameters, on the CPU as on a GPU.
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            fused=self._device.type in ("cpu", "cuda"),
-        )
-        self.emas = tuple(EMA(model, decay) for decay in config.ema_decays)
+        self._modules = list(model.modules())
+        self.optimizer = AdamW(self.flat, config.weight_decay)
+        self.emas = tuple(FlatEMA(model, decay, self.flat) for decay in config.ema_decays)
 
     def __call__(self, step: int, parts: Sequence[Part]) -> Measured:
         """Do step `step` (0 is the first) on this process's parts of its batch."""
@@ -99,8 +95,9 @@ class Stepper:
         if not self._network.connected:
             few = {key: value[:2] for key, value in _cond(parts[0]).items()}
             self._network.connect(self._objective, parts[0].x0[:2], few)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._model.train()
+        self.flat.begin()
+        if not all(module.training for module in self._modules):  # `train` visits them 50 times as slowly
+            self._model.train()
         times: list[np.ndarray] = []
         losses: list[dict[str, Tensor]] = []
         for part in parts:
@@ -108,14 +105,14 @@ class Stepper:
                 t, found = self._part(step, part)
             times.append(t)
             losses.append(found)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        self.flat.collect()
+        norm = self.flat.norm()
+        scale = None
         if config.grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, config.grad_clip, norm)
+            # As torch.nn.utils.clip_grad_norm_ has it; the optimiser divides by it on its way.
+            scale = (norm.float() + 1e-6).div_(config.grad_clip).clamp_(min=1.0)
         rate = config.lr_at(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(rate, scale)
         for ema in self.emas:
             ema.update(self._model)
         whole = {name: torch.cat([found[name] for found in losses]) for name in losses[0]}
