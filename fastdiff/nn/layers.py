@@ -35,6 +35,11 @@ def zeroed(module: nn.Conv2d | nn.Linear) -> nn.Module:
     return module
 
 
+def silu_of(result: Tensor) -> Tensor:
+    """silu of what nothing else reads, in its memory; with a gradient autograd would copy it first."""
+    return F.silu(result, inplace=not result.requires_grad)
+
+
 def scale_shift_norm_silu(x: Tensor, groups: int, scale: Tensor, shift: Tensor) -> Tensor:
     """silu(scale * norm(x) + shift), where norm is a GroupNorm without parameters of its own.
 
@@ -45,15 +50,15 @@ def scale_shift_norm_silu(x: Tensor, groups: int, scale: Tensor, shift: Tensor) 
     """
     batch, channels = x.shape[:2]
     if scale.shape[0] == 1:
-        return F.silu(F.group_norm(x, groups, scale.flatten(), shift.flatten()), inplace=True)
+        return silu_of(F.group_norm(x, groups, scale.flatten(), shift.flatten()))
     if batch > 0 and x.is_contiguous() and not torch.compiler.is_compiling():
         # The batch laid out as channels makes the samples' parameters those of one call: a pass less.
         # A compiler fuses the plain form, and could not keep the batch size dynamic in this one.
         flat = x.view(1, batch * channels, *x.shape[2:])
         y = F.group_norm(flat, batch * groups, scale.reshape(-1), shift.reshape(-1))
-        return F.silu(y, inplace=True).view_as(x)
+        return silu_of(y).view_as(x)
     y = torch.addcmul(shift[:, :, None, None], F.group_norm(x, groups), scale[:, :, None, None])
-    return F.silu(y, inplace=True)
+    return silu_of(y)
 
 
 class ResidualBlock(nn.Module):
@@ -71,7 +76,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Args: x [B, C, H, W]; modulation [B or 1, 2 * out_channels], scale then shift."""
         scale, shift = modulation.chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm(x), inplace=True))
+        h = self.conv1(silu_of(self.norm(x)))
         h = self.dropout(scale_shift_norm_silu(h, self.groups, scale, shift))
         # Neither convolution keeps its result for the backward pass, so the sum needs no memory of its own.
         return self.conv2(h).add_(self.skip(x))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.nn.embedding import Embedding
-from fastdiff.nn.layers import Block, conv, num_groups, zeroed
+from fastdiff.nn.layers import Block, conv, num_groups, silu_of, zeroed
 from fastdiff.nn.pretrained import load_pretrained, save_pretrained
 
 
@@ -196,7 +196,7 @@ class UNet(nn.Module):
             if level < self.num_levels - 1:
                 # To the next skip's size, not to twice this one: that is how an odd size comes back.
                 h = self.upsample[level](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
-        h = self.head(F.silu(self.norm(h), inplace=True))
+        h = self.head(silu_of(self.norm(h)))
         return h if self.rank == 2 else h.squeeze(2)
 
     def _check_state(self, x: Tensor) -> None:
