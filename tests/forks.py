@@ -78,6 +78,8 @@ def children(works: Sequence[Callable[[], Any]], seconds: int = 60) -> list[tupl
                 try:
                     work()
                     status = 0
+                except SystemExit as end:
+                    status = end.code
                 except BaseException:
                     traceback.print_exc()
             sys.stderr.flush()
@@ -156,6 +158,35 @@ def run_until(out: Path, config: Any, moment: str, step: int) -> None:
     run.run(progress=False)
 
 
+def terminated(folder: Path) -> dict[str, Any]:
+    """Runs that are asked to end in their fifth step: one process, which then goes on, and one of two."""
+    import training_runs as runs
+
+    rare = replace(runs.CONFIG, checkpoint_every=100)
+
+    def asked(run: Any, rank: int = 0) -> None:
+        part = type(run._stepper)._part
+
+        def call(self: Any, step: int, given: Any) -> Any:
+            if step == 4 and rank == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return part(self, step, given)
+
+        type(run._stepper)._part = call
+        run.run(progress=False)
+
+    def left(name: str) -> list[str]:
+        return sorted(path.name for path in (folder / name / "checkpoints").iterdir())
+
+    return {
+        "alone": children([lambda: asked(runs.trainer(folder / "alone", rare))]),
+        "left": left("alone"),
+        "resumed": children([lambda: runs.trainer(folder / "alone", rare, resume=True).run(progress=False)]),
+        "two": grouped(lambda rank: asked(plain_trainer(folder / "two", 12, checkpoint_every=100), rank)),
+        "two left": left("two"),
+    }
+
+
 def full_disk(folder: Path) -> dict[str, Any]:
     """A run in which no file may grow past a few bytes from its second checkpoint on."""
     import training_runs as runs
@@ -193,17 +224,20 @@ def grouped(work: Callable[[int], Any], size: int = 2) -> list[tuple[int, str]]:
     return children([lambda r=rank: start(r) for rank in range(size)])
 
 
-def plain_run(
+def plain_run(out: Path, steps: int, **options: Any) -> Any:
+    """A run whose losses depend on the cut of a batch in their last bits alone."""
+    return plain_trainer(out, steps, **options).run(progress=False)
+
+
+def plain_trainer(
     out: Path, steps: int, resume: bool = False, data: Any = None, times: Any = None, **changes: Any
 ) -> Any:
-    """A run whose losses depend on the cut of a batch in their last bits alone."""
     import torch
     import training_runs as runs
 
     torch.manual_seed(1 + int(os.environ.get("RANK", 0)))  # rank 0's weights are the run's
     config = replace(runs.CONFIG, steps=steps, **changes)
-    run = runs.trainer(out, config, data, runs.Plain(), seeded=False, resume=resume, times=times)
-    return run.run(progress=False)
+    return runs.trainer(out, config, data, runs.Plain(), seeded=False, resume=resume, times=times)
 
 
 def two_processes(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from dataclasses import replace
 
 import chains
@@ -11,6 +12,7 @@ from training_runs import CONFIG, log, state, trainer
 
 from fastdiff.files import load_tensors, save_tensors
 from fastdiff.train.checkpoint import checkpoints
+from fastdiff.train.stop import Stop
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,6 +87,42 @@ def test_without_a_whole_checkpoint_the_damaged_ones_are_all_named(tmp_path):
         pytest.raises(ValueError, match=f"all .* are damaged: .*{found[1].name}.*{found[0].name}"),
     ):
         trainer(out, resume=True)
+
+
+def test_a_run_that_is_asked_to_end_does_so_after_its_step_and_goes_on_bit_for_bit(forks, straight, tmp_path):
+    """Two processes, of which one is asked, end after the same step: the next look at the loss."""
+    found = forks("terminated", tmp_path)
+    [[status, said]] = found["alone"]
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 5 of 12; the same run goes on from its checkpoint in" in said
+    assert f"{tmp_path / 'alone'} with --resume" in said
+    assert found["left"] == ["step-00000000.safetensors", "step-00000005.safetensors"]
+    assert found["resumed"] == [[0, ""]]
+    assert state(tmp_path / "alone") == state(straight)
+    assert log(tmp_path / "alone") == log(straight)
+    assert [status for status, _ in found["two"]] == [143, 143], found["two"]
+    assert [said.count("after step 6 of 12") for _, said in found["two"]] == [1, 0]
+    assert found["two left"] == ["step-00000000.safetensors", "step-00000006.safetensors"]
+
+
+def test_sigterm_is_left_to_those_who_have_a_use_for_it():
+    theirs = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with Stop():
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, theirs)
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
+    found = []
+    with_thread = threading.Thread(target=lambda: found.append(Stop().__enter__().asked))
+    with_thread.start()
+    with_thread.join()
+    assert found == [False]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_full_disk_ends_the_run_clearly_and_spoils_nothing(forks, straight, tmp_path):

@@ -109,6 +109,15 @@ class Ranks:
             dist.all_reduce(whole)  # the others' zeros change nothing
         return whole
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process, the same in all of them."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(float(flag), device=self.device)
+        with self.watched("while the processes agreed"):
+            dist.all_reduce(found)
+        return bool(found)
+
     @contextmanager
     def watched(self, moment: str) -> Iterator[None]:
         """Say clearly that another process died, where torch reports a connection that was closed.

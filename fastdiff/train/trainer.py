@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from fastdiff.train.objective import Objective
 from fastdiff.train.ranks import Ranks
 from fastdiff.train.rundir import RunDir
 from fastdiff.train.step import Measured, Stepper, Times, gathered
+from fastdiff.train.stop import STATUS, Stop, Stopped
 from fastdiff.train.times import uniform_times
 
 _LAST_LOSSES = 100  # `TrainResult.loss` is their mean
@@ -146,6 +149,8 @@ class Trainer:
             FloatingPointError: a loss or a gradient is not finite; the last checkpoint is from before it.
             OSError: a checkpoint could not be written; those before it are whole.
             ConnectionError: another process of this run ended.
+            Stopped: (a SystemExit, status 143) SIGTERM came; the step was finished, or with several processes
+                those up to the next look at the loss, and there is a checkpoint of it.
         """
         from tqdm import tqdm
 
@@ -156,8 +161,9 @@ class Trainer:
         feed = Feed(self.data, config, self._cuts, self._device, first)
         try:
             # The model's own randomness (dropout) is seeded anew for every step; the caller's is put back.
-            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-                self._loop(log, bar, feed)
+            devices = [self._device] if self._device.type == "cuda" else []
+            with torch.random.fork_rng(devices), Stop() as stop:
+                self._loop(log, bar, feed, stop)
             self._draw_curve(log)
         finally:
             feed.close()
@@ -256,7 +262,7 @@ class Trainer:
         stepper = self._stepper
         self.step, self.seconds = restore(path, self.model, stepper.emas, stepper.optimizer, self._times)
 
-    def _loop(self, log: StepLog, bar: Any, feed: Feed) -> None:
+    def _loop(self, log: StepLog, bar: Any, feed: Feed, stop: Stop) -> None:
         config = self.config
         if self.step and self._due(config.sample_every) and not self._files.sample(self.step).exists():
             self._sample()  # the kill came between the checkpoint and its grid
@@ -267,7 +273,8 @@ class Trainer:
             self.step += 1
             bar.update()
             checkpoint, sample = self._due(config.checkpoint_every), self._due(config.sample_every)
-            if not (checkpoint or sample or self._due(config.log_every)):
+            look = checkpoint or sample or self._due(config.log_every)
+            if not (look or (stop.asked and self._ranks.size == 1)):
                 continue
             # The only place that waits for the device.
             t, losses, norms = gathered(pending, int(self._cuts[0][0]), config.batch_size, self._ranks)
@@ -278,13 +285,27 @@ class Trainer:
             loss = f"{log.records[-1]['loss']:.4f}"
             bar.set_postfix(loss=loss, samples_per_s=f"{speed:.0f}", refresh=False)
             pending.clear()
-            if checkpoint:
+            # Several processes end after the same step: those in the next would wait for the others.
+            stops = self.step < config.steps and self._ranks.any(stop.asked)
+            if checkpoint or stops:
                 log.sync()
                 self._save_checkpoint()
                 self._draw_curve(log)
+            if stops:
+                self._say_stopped()
+                raise Stopped(STATUS)
             if sample:
                 self._sample()
             clock = time.perf_counter()
+
+    def _say_stopped(self) -> None:
+        if self._ranks.first:
+            where, steps = shlex.quote(str(self._files.root)), self.config.steps
+            print(
+                f"\nstopped by SIGTERM after step {self.step} of {steps}; the same run goes on from"
+                f" its checkpoint in {where} with --resume, in Python with resume=True",
+                file=sys.stderr,
+            )
 
     def _due(self, every: int | None) -> bool:
         return self.step == self.config.steps or (every is not None and self.step % every == 0)
