@@ -55,6 +55,42 @@ def test_a_cached_folder_takes_little_memory_to_decode_to_load_and_to_read(tmp_p
     assert taken[tmp_path / "kept"] < 0.4 * total
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_file_of_bytes_is_mapped_and_read_as_if_it_lay_in_memory(tmp_path, layout):
+    """100 MB; of the order NHWC too, which is no order of the batches."""
+    shape = (100, 3, 500, 680) if layout == "NCHW" else (100, 500, 680, 3)
+    file = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, shape)
+    for i in range(100):
+        file[i] = (
+            (np.arange(file[0].size, dtype=np.uint32) * (i + 1) >> 4).astype(np.uint8).reshape(shape[1:])
+        )
+    del file
+    before = anonymous()
+    data = load_data(tmp_path / "a.npy")
+    index = np.array([7, 0, 99])
+    rows, _ = data.rows(index)
+    found = data.fingerprint
+    assert anonymous() - before < 0.4 * data.images.nbytes
+    assert data.shape == (3, 500, 680)
+    assert rows.is_contiguous()
+    whole = np.load(tmp_path / "a.npy")
+    expected = load_data((whole, None))
+    assert torch.equal(rows, expected.rows(index)[0])
+    assert torch.equal(data.batch(torch.from_numpy(index))[0], expected.batch(torch.from_numpy(index))[0])
+    assert found == expected.fingerprint
+    data.images[0] = 0  # never reaches the file
+    assert np.array_equal(np.load(tmp_path / "a.npy")[0], whole[0])
+
+
+def test_a_file_in_fortran_s_order_is_the_same_data(tmp_path):
+    images = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+    np.save(tmp_path / "f.npy", np.asfortranarray(images))
+    data = load_data(tmp_path / "f.npy")
+    assert data.images.is_contiguous()
+    assert torch.equal(data.images, torch.from_numpy(images))
+
+
 def test_another_size_or_a_changed_file_is_decoded_anew(tmp_path):
     path = picture(tmp_path / "data" / "a.png", GREY)
     kept = tmp_path / "kept"

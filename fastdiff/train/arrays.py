@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _IMAGE_KEYS, _LABEL_KEYS = ("images", "arr_0"), ("labels", "arr_1")
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Images and labels (or None) of a `.npz` or `.npy` file; nothing in it is executed.
 
+    A `.npy` file is mapped copy-on-write: its pages are read when they are needed, and no change is written.
+
     Raises:
         ValueError: the file does not exist, cannot be read, holds pickled objects or no images.
     """
@@ -33,7 +36,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         )
     try:
         with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
+            loaded = np.load(file, allow_pickle=False) if suffix == ".npz" else _mapped(path)
             if isinstance(loaded, np.ndarray):
                 return loaded, None
             keys = list(loaded)
@@ -51,6 +54,12 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             " write it again with numpy.savez(path, images=..., labels=...)"
         )
     return images, labels
+
+
+def _mapped(path: Path) -> np.ndarray:
+    array = open_memmap(path, mode="c")
+    # Of a file in Fortran's order every picture lies all over it.
+    return array if array.flags.c_contiguous else np.array(array, order="C")
 
 
 def as_array(images: Any, name: str) -> np.ndarray:
@@ -97,12 +106,14 @@ def as_nchw(images: np.ndarray, layout: str | None, name: str) -> np.ndarray:
 
 
 def to_stored(
-    images: np.ndarray, value_range: tuple[float, float] | None, name: str
+    images: np.ndarray, value_range: tuple[float, float] | None, name: str, is_ours: bool = False
 ) -> tuple[Tensor, tuple[float, float]]:
     """Images of any numeric type -> (what `ImageData.images` holds, the range that was mapped to [-1, 1]).
 
         stored = 2 (value - low) / (high - low) - 1      in float64, rounded to float32 once; bytes stay bytes
 
+    Args:
+        is_ours: whether nobody else can change the array; bytes are then stored in its memory.
     Raises:
         ValueError: values that are not finite or lie outside the range, or a range that cannot be known.
     """
@@ -127,7 +138,7 @@ def to_stored(
             f" range is [{start:g}, {end:g}]; give value_range=(low, high)"
         )
     if images.dtype == np.uint8 and (start, end) == (0.0, 255.0):
-        return torch.from_numpy(images.copy(order="C")), (start, end)
+        return torch.from_numpy(images if is_ours else images.copy(order="C")), (start, end)
     scaled = np.ascontiguousarray(
         (images.astype(np.float64) - start) * (2 / (end - start)) - 1, dtype=np.float32
     )

@@ -23,6 +23,7 @@ from fastdiff.train.arrays import as_array, as_nchw, read_npz, resampling, resiz
 from fastdiff.train.folder import read_folder
 from fastdiff.train.items import arrays_of
 
+_PIECE = 4 << 20  # bytes that a look at all images takes at a time
 DIGITS_ATTRIBUTION = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning"
     " Repository, https://doi.org/10.24432/C50P49, CC BY 4.0; its test part, as scikit-learn ships it"
@@ -68,7 +69,9 @@ class ImageData:
     def fingerprint(self) -> str:
         """SHA-256 of images and labels, which tells whether a resumed run sees the same data."""
         digest = hashlib.sha256(f"{self.images.dtype} {tuple(self.images.shape)}".encode())
-        digest.update(self.images.cpu().contiguous().numpy().data)
+        # By pieces: the whole of a mapped file need not fit into memory.
+        for piece in self.images.split(max(1, _PIECE // self.images[0].nbytes)):
+            digest.update(piece.cpu().contiguous().numpy().data)
         if self.labels is not None:
             digest.update(self.labels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
@@ -85,7 +88,10 @@ class ImageData:
         second team of torch's threads against the one that trains.
         """
         if self.images.device.type == "cpu":
-            images = torch.from_numpy(np.take(self.images.numpy(), index, axis=0))
+            stored = self.images.numpy()
+            # `take` would copy all of an array that is not in C's order.
+            taken = np.take(stored, index, axis=0) if stored.flags.c_contiguous else stored[index]
+            images = torch.from_numpy(np.ascontiguousarray(taken))
         else:
             images = self.images.index_select(0, torch.from_numpy(index).to(self.images.device))
         return images, None if self.labels is None else self.labels[
@@ -159,7 +165,8 @@ def load_data(
       (`folder.SUFFIXES`); others and hidden ones are passed over. Grey pictures stay one channel if all are
       grey, else all become RGB. Transparent ones are laid on white, 16 bits scaled to 8, CMYK converted;
       animated ones are refused.
-    - `FILE.npz` with `images` or `arr_0` and perhaps `labels` or `arr_1`; `FILE.npy` with images only.
+    - `FILE.npz` with `images` or `arr_0` and perhaps `labels` or `arr_1`; `FILE.npy` with images only,
+      whose bytes are not read into memory but mapped: it must not change while it is in use.
     - arrays: a tensor or NumPy array of images, or a pair (images, labels) of them, labels may be None.
     - a data set in Python: a torch Dataset, or any iterable that ends, of images, pairs (image, label) or
       dicts with "image" (or "img") and "label"; images are tensors [C, H, W] or [H, W], arrays [H, W, C] or
@@ -184,7 +191,7 @@ def load_data(
             decoded anew. None: in memory.
 
     Returns:
-        The data, in memory.
+        The data, in memory or mapped.
 
     Raises:
         ValueError, TypeError: `source` or an option breaks its contract, the source is empty, or files of it
@@ -215,7 +222,8 @@ def load_data(
         images, labels, names, skipped = read_folder(path, pixels, resample, skip_bad, kept)
         data = ImageData(images, labels, names, skipped=skipped)
     else:
-        data = _from_arrays(*read_npz(path), str(path), **arrays)
+        is_mapped = path.suffix.lower() == ".npy"
+        data = _from_arrays(*read_npz(path), str(path), **arrays, is_ours=is_mapped)
     return replace(data, images=resize(data.images, pixels, resample)).split(holdout)
 
 
@@ -260,8 +268,10 @@ def _from_arrays(
     value_range: tuple[float, float] | None = None,
     layout: str | None = None,
     class_names: Sequence[str] | None = None,
+    is_ours: bool = False,
 ) -> ImageData:
-    stored, value_range = to_stored(as_nchw(as_array(images, name), layout, name), value_range, name)
+    whole_images = as_nchw(as_array(images, name), layout, name)
+    stored, value_range = to_stored(whole_images, value_range, name, is_ours)
     if labels is None:
         if class_names is not None:
             raise ValueError("`class_names` must come with labels, got none; give labels or leave it out")
