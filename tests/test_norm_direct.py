@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import assert_same_bits, library
+from operators import Operators
 from test_group_norm import BARE, FULL, SHAPES, assert_formula, exact_of, operands
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff import _norm_direct, ops
@@ -103,24 +103,12 @@ def test_half_precision_goes_straight_to_the_loop(
     assert _norm_direct.taken == ["_forward"]
 
 
-class Watching(TorchDispatchMode):
-    """Sees every operator that is dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_who_looks_on_sees_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     go("direct", monkeypatch)
     x = torch.randn(2, 8, 5)
-    with Watching() as watching:
+    with Operators() as operators:
         y = ops.group_norm_silu(x, 4)
-    assert "fastdiff.group_norm_silu.default" in watching.seen
+    assert "fastdiff.group_norm_silu.default" in operators.counts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated, yet must not record a constant
         traced = torch.jit.trace(lambda a: ops.group_norm_silu(a, 4), x)
@@ -237,9 +225,9 @@ def test_an_ordinary_gradient_goes_straight_to_the_loop(monkeypatch: pytest.Monk
     go("direct", monkeypatch)
     x = torch.randn(2, 8, 5, requires_grad=True)
     y = ops.group_norm_silu(x, 4)
-    with Watching() as watching:
+    with Operators() as operators:
         y.sum().backward()
-    assert not any("fastdiff" in name for name in watching.seen)
+    assert not any("fastdiff" in name for name in operators.counts)
 
 
 def test_checkpointing_survives_the_end_of_the_background_build(monkeypatch: pytest.MonkeyPatch) -> None:

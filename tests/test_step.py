@@ -9,6 +9,8 @@ import chains
 import numpy as np
 import pytest
 import torch
+from networks import arguments, network
+from operators import Operators
 from training_runs import CONFIG, Learning, Plain, Tiny, log, state, tiny_data, trainer
 
 from fastdiff.files import load_tensors
@@ -103,6 +105,19 @@ def test_dropout_of_a_part_depends_on_the_step_and_the_part_alone(tmp_path):
         run(tmp_path / name, replace(CONFIG, accumulate=2), Tiny)
         torch.randn(5)
     assert state(tmp_path / "one") == state(tmp_path / "two")
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_activation_is_in_place_where_that_costs_no_copy(trains):
+    """Where a gradient needs what was there before, autograd would copy it."""
+    net = network(attention_levels=()).train(trains)
+    x, t, labels = arguments(net)
+    modulation = net.embed(t, labels)
+    with Operators() as operators, torch.set_grad_enabled(trains):
+        net.forward_embedded(x, modulation)
+    assert (operators.counts["aten.silu_.default"] > 0) == (not trains)
+    assert (operators.counts["aten.silu.default"] > 0) == trains
+    assert operators.counts["aten.clone.default"] == 0
 
 
 # bfloat16 and torch.compile

@@ -8,7 +8,7 @@ import pytest
 import torch
 from chains import one_thread
 from networks import arguments, network
-from torch.utils._python_dispatch import TorchDispatchMode
+from operators import Operators
 
 import fastdiff as fd
 from fastdiff import chain
@@ -18,18 +18,6 @@ from fastdiff.nn.tabulated import CHUNK_ROWS, MAX_BYTES
 _one_thread = pytest.fixture(autouse=True)(one_thread)
 SCHEDULE = fd.NoiseSchedule.linear(1000)
 SHAPE = (2, 6, 6)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def plainly(monkeypatch, run):

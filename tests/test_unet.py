@@ -264,31 +264,6 @@ def test_no_host_reads_sees_them(read):
         read(torch.ones(2).neg())
 
 
-class Called(TorchDispatchMode):
-    """The operations that a network calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("trains", [False, True])
-def test_an_activation_is_in_place_where_that_costs_no_copy(trains):
-    """Where a gradient needs what was there before, autograd would copy it."""
-    net = network(attention_levels=()).train(trains)
-    x, t, labels = arguments(net)
-    modulation = net.embed(t, labels)
-    with Called() as called, torch.set_grad_enabled(trains):
-        net.forward_embedded(x, modulation)
-    assert ("aten.silu_.default" in called.names) == (not trains)
-    assert ("aten.silu.default" in called.names) == trains
-    assert "aten.clone.default" not in called.names
-
-
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_forward_pass_reads_nothing_on_the_host(rank):
     model = network(rank=rank)
