@@ -65,7 +65,8 @@ class Batch:
         cond: the network's arguments by lane.
         known, mask: [num, ...] the part of an image that is kept (bool mask), or None.
         x0: [num, ...] float32, the network's x0 of the last row, or None where nobody looks at it.
-        embedding: the network's embedding for the rows to come, where it is tabulated.
+        embedding: the network's embedding for the rows to come, where it is tabulated; it then takes that in
+            place of `t` and `cond`.
     """
 
     x: torch.Tensor
@@ -161,14 +162,22 @@ class Program:
             own.copy_(batch.x if c_in == 1 else c_in * batch.x)
         torch.index_select(own, 0, batch.lanes.order[num:], out=others)
 
-    def stepper(self, model: Callable[..., Any], batch: Batch) -> Step:
+    def stepper(
+        self,
+        network: Callable[..., Any],
+        batch: Batch,
+        embedded: Callable[[int], torch.Tensor] | None = None,
+    ) -> Step:
         """A row of a batch: an evaluation of the network and the fused update.
 
+        Args:
+            network: called as `network(u, t, **cond)`, or as `network(u, embedded(row))`.
+            embedded: the embedding of a row, for what takes that in place of times and conditions.
         Raises:
             ValueError: (the step) an output that does not fit the table, before the update.
         """
         # what is the same in every row is looked up once: a step of a small network on a CPU is short
-        times, cond, shape, table = self._time_of, batch.cond, batch.u.shape, batch.embedding
+        times, cond, shape = self._time_of, batch.cond, batch.u.shape
         bound = None
         if batch.x.device.type == "cpu":
             lanes, channels, *rest = shape
@@ -183,10 +192,10 @@ class Program:
             else:
                 rows[...] = row
                 lane_times[...] = times[row]
-            if table is None:
-                out = prediction_of(model(batch.u, batch.t, **cond))
+            if embedded is None:
+                out = prediction_of(network(batch.u, batch.t, **cond))
             else:
-                out = model.forward_embedded(batch.u, table.at(row))  # type: ignore[attr-defined]
+                out = network(batch.u, embedded(row))
             self._check_output(out, shape)
             if bound is None or not bound(out, noise):
                 torch.ops.fastdiff.reverse_step_(*self._operands(batch, out, noise))
@@ -195,7 +204,11 @@ class Program:
 
     def evaluate(self, model: Callable[..., Any], batch: Batch, noise: torch.Tensor | None = None) -> None:
         """The network and the update at the rows and times that stand in the buffers; nothing on the host."""
-        out = prediction_of(model(batch.u, batch.t, **batch.cond))
+        if batch.embedding is None:
+            out = prediction_of(model(batch.u, batch.t, **batch.cond))
+        else:  # one call's samples all stand at one row
+            embedding = batch.embedding.gather(batch.row[:1])
+            out = model.forward_embedded(batch.u, embedding)  # type: ignore[attr-defined]
         self._check_output(out, batch.u.shape)
         torch.ops.fastdiff.reverse_step_(*self._operands(batch, out, noise))
 
@@ -208,9 +221,14 @@ class Program:
             packed.threshold, batch.known, batch.mask, batch.x0,
         )  # fmt: skip
 
-    def tabulate(self, model: Callable[..., Any], batch: Batch) -> None:
-        """Let the steps of a batch find what depends on time and class alone in a table, where one fits."""
-        batch.embedding = embedding_table(model, self._times, batch.cond)
+    def tabulate(self, model: Callable[..., Any], batch: Batch, fixed: bool = False) -> EmbeddingTable | None:
+        """Give a batch a table of what depends on time and class alone, where one fits its network.
+
+        Args:
+            fixed: as in `embedding_table`.
+        """
+        batch.embedding = embedding_table(model, self._times, batch.cond, fixed=fixed)
+        return batch.embedding
 
     def advance(self, batch: Batch) -> None:
         """Every sample to its next row, on the device."""

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,10 +23,9 @@ from fastdiff import packages
 from fastdiff.anatomy import Anatomy, tensors_of
 from fastdiff.chain import Batch
 from fastdiff.nn import prediction_of
-from fastdiff.packages import Package, Refused
+from fastdiff.packages import Call, Package, Refused
 
 Network = Callable[..., Any]
-Inputs = tuple[Tensor, Tensor, Mapping[str, Tensor]]
 # What compiling costs, and the part of an eager network's time that it saves: measured on two cores, 17 to
 # 43 s and 0.4 to 0.5 for an MLP and U-Nets of 1 to 4 million parameters. One on disk costs an export at most.
 _SECONDS_TO_COMPILE = 30.0
@@ -50,17 +49,22 @@ if hasattr(os, "register_at_fork"):
 
 def plan_of(network: torch.nn.Module, batch: Batch) -> Plan:
     """The plan of a network at the shapes of a batch; it lives as long as the network."""
-    given = (batch.u, batch.t, *(batch.cond[name] for name in sorted(batch.cond)))
-    key = (tuple(sorted(batch.cond)), *((a.shape, a.dtype) for a in given), torch.get_num_threads())
+    call = example(batch)
+    key = (*call.described(), torch.get_num_threads())
     with _plans_lock:
         plans = _plans.setdefault(network, {})
-        return plans.setdefault(key, Plan())
+        return plans.setdefault(key, Plan(call))
 
 
 class Plan:
-    """What is known of a network at one set of shapes, and its compiled form where there is one."""
+    """What is known of a network at one set of shapes, and its compiled form where there is one.
 
-    def __init__(self) -> None:
+    Args:
+        call: of these shapes, without values.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
         self._lock = threading.Lock()
         self._spent = 0.0
         self._anatomy: Anatomy | None = None
@@ -92,7 +96,7 @@ class Plan:
                 if self._made is None:
                     if not wait:
                         return None
-                    self._made, self._anatomy = self._make(model, batch), now
+                    self._made, self._anatomy = self._make(model), now
                 try:
                     return self._checked(self._made, model, batch)
                 except Refused:
@@ -102,38 +106,37 @@ class Plan:
                     self._made, self._assume = None, False
                     if not wait:
                         return None
-                    self._made = self._make(model, batch)
+                    self._made = self._make(model)
                     return self._checked(self._made, model, batch)
             except (Refused, OSError) as error:
                 self._refuse(str(error))
                 return None
 
-    def _make(self, model: torch.nn.Module, batch: Batch) -> Package:
-        return made(packages.structure_copy(model), example(batch), aside=False, assume=self._assume)
+    def _make(self, model: torch.nn.Module) -> Package:
+        return made(packages.structure_copy(model), self._call, aside=False, assume=self._assume)
 
     def _checked(self, package: Package, model: torch.nn.Module, batch: Batch) -> Network | None:
         """The package on the network's present weights, once it is known to agree with the network."""
         tensors = dict(tensors_of(model))
         if not package.reads(tensors):
             package.lend(tensors)
-        self._verified = self._verified or agree(package, model, batch, package.operations)
+        self._verified = self._verified or agree(package, model, calls(batch), package.operations)
         return package if self._verified else None
 
-    def ran(self, seconds: float, model: torch.nn.Module, batch: Batch) -> None:
+    def ran(self, seconds: float, model: torch.nn.Module) -> None:
         """Note what an eager chain took; start compiling where that has become worth it."""
         with self._lock:
             self._spent += seconds
             if self._refused or self._made or self._thread:
                 return
-            inputs = example(batch)
             # what compiling would have saved so far is what it costs: then it will not have been in vain
             saved = _SHARE_SAVED * self._spent
             if saved < _SECONDS_TO_EXPORT:
                 return
-            if saved < _SECONDS_TO_COMPILE and not packages.cached(packages.outline(model, *inputs)[0]):
+            if saved < _SECONDS_TO_COMPILE and not packages.cached(packages.outline(model, self._call)[0]):
                 return
             try:
-                arguments = (packages.structure_copy(model), inputs, Anatomy(model))
+                arguments = (packages.structure_copy(model), Anatomy(model))
             except Refused as error:
                 self._refuse(str(error))
                 return
@@ -142,10 +145,10 @@ class Plan:
             )
             self._thread.start()
 
-    def _make_aside(self, duplicate: torch.nn.Module, inputs: Inputs, anatomy: Anatomy) -> None:
+    def _make_aside(self, duplicate: torch.nn.Module, anatomy: Anatomy) -> None:
         """In a thread: chains that run meanwhile are eager."""
         try:
-            found = made(duplicate, inputs, aside=True, assume=self._assume)
+            found = made(duplicate, self._call, aside=True, assume=self._assume)
         except (Refused, OSError) as error:
             with self._lock:
                 self._refuse(str(error))
@@ -165,13 +168,29 @@ class Plan:
         self._made = self._anatomy = self._thread = None
 
 
-def example(batch: Batch) -> Inputs:
-    """What the network is called with, without its values."""
-    u, t = (torch.empty(a.shape, dtype=a.dtype, device="meta") for a in (batch.u, batch.t))
-    return u, t, {name: torch.empty(a.shape, dtype=a.dtype, device="meta") for name, a in batch.cond.items()}
+def calls(batch: Batch) -> Iterator[Call]:
+    """What a batch's steps call, on its input: at two times, or with the embeddings of two rows."""
+    table = batch.embedding
+    if table is None:
+        for t in (batch.t, batch.t // 2):
+            yield Call((batch.u, t), batch.cond)
+    else:
+        for row in (0, table.num_rows // 2):
+            yield Call((batch.u, table.by_lane(row)), {}, "forward_embedded")
 
 
-def made(duplicate: torch.nn.Module, inputs: Inputs, aside: bool, assume: bool) -> Package:
+def example(batch: Batch) -> Call:
+    """The first of them without values."""
+    call = next(calls(batch))
+
+    def like(a: Tensor) -> Tensor:
+        return torch.empty(a.shape, dtype=a.dtype, device="meta")
+
+    cond = {name: like(a) for name, a in call.cond.items()}
+    return call._replace(given=tuple(map(like, call.given)), cond=cond)
+
+
+def made(duplicate: torch.nn.Module, call: Call, aside: bool, assume: bool) -> Package:
     """Load a network's package, or export its copy and compile that where the cache has none yet.
 
     Args:
@@ -181,12 +200,12 @@ def made(duplicate: torch.nn.Module, inputs: Inputs, aside: bool, assume: bool) 
         Refused: it cannot be.
         OSError: the cache's file belongs to another user.
     """
-    beginning, is_exact = packages.outline(duplicate, *inputs)
+    beginning, is_exact = packages.outline(duplicate, call)
     found = packages.cached(beginning) if assume and is_exact else []
     if len(found) == 1:
         with contextlib.suppress(Refused):  # damaged: it is made anew
             return Package(found[0], assumed=True)
-    exported = packages.export(duplicate, *inputs)
+    exported = packages.export(duplicate, call)
     try:
         return Package(exported.path)
     except Refused:  # not there, or damaged
@@ -194,8 +213,8 @@ def made(duplicate: torch.nn.Module, inputs: Inputs, aside: bool, assume: bool) 
         return Package(exported.path)
 
 
-def agree(compiled: Network, model: torch.nn.Module, batch: Batch, operations: int) -> bool:
-    """Whether a compiled network computes what the network does, on this batch's input at two times.
+def agree(compiled: Network, model: Any, calls: Iterable[Call], operations: int) -> bool:
+    """Whether a compiled network computes in each of these calls what the network does.
 
     The norm of the difference is held against what rounding explains: G operations that each round once, at
     random, add up to sqrt(G) eps of the output, or of what the network makes of an input that is off by eps,
@@ -212,12 +231,13 @@ def agree(compiled: Network, model: torch.nn.Module, batch: Batch, operations: i
         Refused: they differ.
     """
     said = False
-    for t in (batch.t, batch.t // 2):
-        expected = prediction_of(model(batch.u, t, **batch.cond))
+    for call in calls:
+        run, (x, *rest), cond = call.of(model), call.given, call.cond
+        expected = run(x, *rest, **cond)
         eps = torch.finfo(expected.dtype).eps
-        nudged = prediction_of(model(batch.u * (1 + eps), t, **batch.cond)).double()
+        nudged = run(x * (1 + eps), *rest, **cond).double()
         try:
-            got = prediction_of(compiled(batch.u, t, **batch.cond))
+            got = prediction_of(compiled(x, *rest, **cond))
         except RuntimeError as error:
             raise Refused(f"compiled it fails: {str(error).strip()[:300]}") from error
         if got.shape != expected.shape or got.dtype != expected.dtype:
@@ -226,7 +246,7 @@ def agree(compiled: Network, model: torch.nn.Module, batch: Batch, operations: i
         bound = operations**0.5 * max(eps * size, float((nudged - expected.double()).norm()))
         if not size > 0 or size == float("inf"):
             continue
-        if not far <= bound and not _as_exact(got, expected, model, batch, t):
+        if not far <= bound and not _as_exact(got, expected, model, call):
             raise Refused(
                 f"compiled it is off by {far:.3g} where rounding explains {bound:.3g} of {size:.3g}"
             )
@@ -234,14 +254,15 @@ def agree(compiled: Network, model: torch.nn.Module, batch: Batch, operations: i
     return said
 
 
-def _as_exact(got: Tensor, expected: Tensor, model: Any, batch: Batch, t: Tensor) -> bool:
+def _as_exact(got: Tensor, expected: Tensor, model: Any, call: Call) -> bool:
     """Whether `got` is at most twice as far as `expected` from what the network computes in float64."""
     if not isinstance(model, torch.nn.Module):
         return False
     try:
-        exact = copy.deepcopy(model).double()
-        given = {name: a.double() if a.is_floating_point() else a for name, a in batch.cond.items()}
-        truth = prediction_of(exact(batch.u.double(), t.double() if t.is_floating_point() else t, **given))
+        exact = call.of(copy.deepcopy(model).double())
+        given = [a.double() if a.is_floating_point() else a for a in call.given]
+        cond = {name: a.double() if a.is_floating_point() else a for name, a in call.cond.items()}
+        truth = exact(*given, **cond)
     except Exception:  # whatever a network raises that does not run in float64: then nothing speaks for `got`
         return False
     near, far = (float((a.double() - truth.double()).norm()) for a in (expected, got))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastdiff.chain import Batch, Program, Step
-from fastdiff.compiled import Plan, agree, plan_of
+from fastdiff.compiled import Plan, agree, calls, plan_of
 from fastdiff.graph import Graphs
 from fastdiff.packages import has_compiler
 
@@ -66,25 +66,36 @@ class Execution:
         plan, network, now = None, None, self._compile is True
         if self._compiles(model, batch):
             if isinstance(model, torch.nn.Module) and batch.x.device.type == "cpu":
+                program.tabulate(model, batch)
                 plan = plan_of(model, batch)
                 network = plan.network(model, batch, wait=now)
             if network is None and now:
+                batch.embedding = None  # torch compiles it whole
                 network = self._fallback(model, batch, plan)
-        evaluated = model if network is None else network
         if self._captures(model, batch):
+            evaluated = model if network is None else network
+            program.tabulate(evaluated, batch, fixed=True)
             captured = self._graphs.find(model, evaluated, program, batch, takes_noise)
             if captured is not None:
                 with captured.steps(batch) as running:
                     yield running
                 return
-        if network is None:
-            program.tabulate(model, batch)
         start = time.perf_counter()
-        yield program.stepper(evaluated, batch), batch
+        yield self._stepper(model, network, program, batch), batch
         if plan is not None and network is None and not now:
-            plan.ran(time.perf_counter() - start, model, batch)
+            plan.ran(time.perf_counter() - start, model)
             if plan.refused:
                 self._say(f"the network runs eagerly, it cannot be compiled: {plan.refused}")
+
+    def _stepper(self, model: Any, network: Any, program: Program, batch: Batch) -> Step:
+        """The step of a chain that is compiled, where `network` is, or eager."""
+        table = batch.embedding
+        if network is not None:
+            return program.stepper(network, batch, table.by_lane if table else None)
+        table = table or program.tabulate(model, batch)
+        if table is None:
+            return program.stepper(model, batch)
+        return program.stepper(model.forward_embedded, batch, table.at)
 
     def _captures(self, model: Any, batch: Batch) -> bool:
         """Whether a step is to be captured: what another callable holds may move, which nobody would see."""
@@ -108,7 +119,7 @@ class Execution:
         if has_compiler():
             try:
                 found = torch.compile(model, dynamic=False)
-                agree(found, model, batch, _OPERATIONS)
+                agree(found, model, calls(batch), _OPERATIONS)
                 self._say(f"the network is compiled by torch.compile, in each process anew: {reason}")
             except Exception as error:  # whatever torch.compile raises of a network
                 found = None

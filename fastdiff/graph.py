@@ -2,7 +2,9 @@
 
 Capturing costs the same for 10 rows and for 1 000. Between the first and the last replay nothing is allocated
 and nothing waits for the device: what a chain is given is copied into the graph's own buffers before, a row's
-noise between replays, and the state is copied out after. Rows and times move on the device (`advance`).
+noise between replays, and the state is copied out after. Rows and times move on the device (`advance`). A
+step gathers by the row what is tabulated of the network; between two replays the table's next chunk is
+computed, in place: that alone allocates.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ def tensors_in(batch: Batch) -> dict[str, Tensor]:
     """Every tensor of a batch by its name."""
     named = {**vars(batch), **{f"lanes.{name}": value for name, value in vars(batch.lanes).items()}}
     named |= {f"cond.{name}": value for name, value in batch.cond.items()}
+    if batch.embedding is not None:
+        named |= {f"embedding.{name}": value for name, value in batch.embedding.given.items()}
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
@@ -41,9 +45,14 @@ def buffers_like(batch: Batch) -> Batch:
     def moved(holder: Mapping[str, Any]) -> dict[str, Any]:
         return {name: own.get(id(value), value) for name, value in holder.items()}
 
-    lanes = copy.copy(batch.lanes)
+    lanes, table = copy.copy(batch.lanes), batch.embedding
     vars(lanes).update(moved(vars(lanes)))
-    return replace(batch, **moved(vars(batch)) | {"lanes": lanes, "cond": moved(batch.cond)})
+    held = {
+        "lanes": lanes,
+        "cond": moved(batch.cond),
+        "embedding": table and table.reading(moved(table.given)),
+    }
+    return replace(batch, **moved(vars(batch)) | held)
 
 
 class Captured:
@@ -86,6 +95,9 @@ class Captured:
         given = tensors_in(batch)
         for name, mine in tensors_in(self._batch).items():
             mine.copy_(given[name])
+        if self._batch.embedding is not None:
+            self._batch.embedding.renew()
+            self._batch.embedding.hold(0)
 
     def _warm_up(self) -> None:
         side = cuda.Stream()
@@ -115,6 +127,8 @@ class Captured:
                 self._done.record(stream)
 
     def _replay(self, row: int, noise: Tensor | None) -> None:
+        if self._batch.embedding is not None:
+            self._batch.embedding.hold(row)  # the graph gathers from it: another chunk takes this one's place
         if self._noise is not None and noise is not None:
             self._noise.copy_(noise)
         self._graph.replay()
@@ -145,7 +159,7 @@ class Graphs:
         shapes = tuple((name, a.shape, a.dtype) for name, a in sorted(tensors_in(batch).items()))
         device = batch.x.device
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        state = (batch.u is batch.x, takes_noise, *autocast)
+        state = (batch.u is batch.x, batch.embedding is None, takes_noise, *autocast)
         key = (id(network), program, device, *state, shapes, tuple(weights))
         with self._lock:
             found = self._kept.pop(key, None)

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,15 +41,39 @@ class Refused(Exception):
     """A network cannot be compiled ahead of time; the text says why."""
 
 
-class _Plain(torch.nn.Module):
-    """The network as a function of tensors that returns a tensor."""
+class Call(NamedTuple):
+    """How a network is called: `method(*given, **cond)`.
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    Attributes:
+        given, cond: its arguments.
+        method: the name of the network's method, which may be a part of the whole.
+    """
+
+    given: tuple[Tensor, ...]
+    cond: Mapping[str, Tensor]
+    method: str = "__call__"
+
+    def of(self, network: Any) -> Callable[..., Tensor]:
+        """The network as a function of the arguments that returns a tensor."""
+        method = getattr(network, self.method)
+        return lambda *given, **cond: prediction_of(method(*given, **cond))
+
+    def described(self) -> list[str]:
+        """The method and the arguments' names and layouts."""
+        named = [*enumerate(self.given), *sorted(self.cond.items())]
+        return [self.method, *(_described(str(name), tensor) for name, tensor in named)]
+
+
+class _Plain(torch.nn.Module):
+    """What a call evaluates of a network, as a module of tensors."""
+
+    def __init__(self, network: torch.nn.Module, method: str) -> None:
         super().__init__()
         self.network = network
+        self.method = method
 
-    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return prediction_of(self.network(x, t, **cond))
+    def forward(self, given: tuple[Tensor, ...], cond: dict[str, Tensor]) -> Tensor:
+        return prediction_of(getattr(self.network, self.method)(*given, **cond))
 
 
 @dataclass(frozen=True)
@@ -89,13 +113,13 @@ def structure_copy(network: torch.nn.Module) -> torch.nn.Module:
         raise Refused(f"it cannot be copied: {_first_line(error)}") from error
 
 
-def outline(network: torch.nn.Module, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> tuple[str, bool]:
+def outline(network: torch.nn.Module, call: Call) -> tuple[str, bool]:
     """The beginning of the package's name, known without exporting, and whether the graph follows from it."""
     known = description(network)
     kinds = known or [type(module).__qualname__ for module in network.modules()]
-    shapes = [_described(name, tensor) for name, tensor in (*tensors_of(network), ("x", x), ("t", t))]
-    given = [_described(name, tensor) for name, tensor in sorted(cond.items())]
-    name = _cache.digest(*kinds, *shapes, *given, str(torch.get_num_threads()), *_circumstances())
+    shapes = [_described(name, tensor) for name, tensor in tensors_of(network)]
+    parts = (*kinds, *shapes, *call.described(), str(torch.get_num_threads()))
+    name = _cache.digest(*parts, *_circumstances())
     return name[:12], known is not None
 
 
@@ -109,23 +133,23 @@ def cached(beginning: str) -> list[Path]:
     return sorted(_cache.folder().glob(f"step-{beginning}-*.pt2"))
 
 
-def export(network: torch.nn.Module, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Exported:
-    """The network's graph for inputs like these.
+def export(network: torch.nn.Module, call: Call) -> Exported:
+    """The network's graph for inputs like a call's.
 
     Args:
         network: a `structure_copy`.
-        x, t, cond: of which shapes, dtypes and strides count.
+        call: of its arguments only shapes and dtypes count.
     Raises:
         Refused: torch.export cannot follow the network, or what it does is not a function of its input.
     """
-    beginning, _ = outline(network, x, t, cond)
+    beginning, _ = outline(network, call)
     # tensors of an inference mode cannot be traced
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        like = [torch.zeros(a.shape, dtype=a.dtype) for a in (x, t)]
-        extra = {name: torch.zeros(a.shape, dtype=a.dtype) for name, a in sorted(cond.items())}
+        like = tuple(torch.zeros(a.shape, dtype=a.dtype) for a in call.given)
+        extra = {name: torch.zeros(a.shape, dtype=a.dtype) for name, a in sorted(call.cond.items())}
         try:
-            program = torch.export.export(_Plain(network), (*like, extra), strict=False)
+            program = torch.export.export(_Plain(network, call.method), (like, extra), strict=False)
         except Exception as error:  # torch.export raises whatever the network or the tracing does
             raise Refused(f"torch.export fails: {_first_line(error)}") from error
     # Inductor names such constants anew, so that they could not be lent, and who changes one is not seen
@@ -238,7 +262,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Package:
-    """A loaded package: the network as `package(x, t, **cond)`, on weights that the caller keeps.
+    """A loaded package: the network as `package(*given, **cond)`, on weights that the caller keeps.
 
     Args:
         path: in the cache.
@@ -287,10 +311,10 @@ class Package:
             self._lent = lent  # after the load: until then the old ones may be read
         self._addresses = _addresses(tensors)
 
-    def __call__(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        """The network's output."""
+    def __call__(self, *given: Tensor, **cond: Tensor) -> Tensor:
+        """The network's output, called as it was exported."""
         # dense, as it was exported; one network runs in one thread at a time, whoever lends it weights
-        arguments = [x, t, *(cond[name].contiguous() for name in sorted(cond))]
+        arguments = [*given, *(cond[name].contiguous() for name in sorted(cond))]
         with self._lock:
             return self._run(arguments)[0]
 

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastdiff import execution, graph
 
 
 class Tape(TorchDispatchMode):
@@ -72,6 +75,7 @@ class Cuda:
         calls: the calls, in their order.
         refuses: an error that the end of a capture raises.
         replaying: whether a replay is under way.
+        tape: what the latest graph replays.
     """
 
     def __init__(self) -> None:
@@ -90,7 +94,9 @@ class Cuda:
         return Event(self)
 
     def CUDAGraph(self) -> Graph:
-        return Graph(self)
+        made = Graph(self)
+        self.tape = made.tape
+        return made
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -113,3 +119,29 @@ class Cuda:
         if self.refuses is not None:
             raise self.refuses
         self.calls.append("captured")
+
+    def between(self) -> Tape:
+        """A tape of what runs outside of replays, each note with the number of replays before it."""
+        cuda = self
+
+        class Between(Tape):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if cuda.replaying:
+                    return func(*args, **(kwargs or {}))
+                result = super().__torch_dispatch__(func, types, args, kwargs)
+                self.notes[-1] = (func, cuda.calls.count("replay"), None, None)
+                return result
+
+        return Between()
+
+
+def capture_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """A fixture: the stand-in in torch.cuda's place, and every chain of a module captured."""
+    stand_in = Cuda()
+    monkeypatch.setattr(graph, "cuda", stand_in)
+    monkeypatch.setattr(
+        execution.Execution,
+        "_captures",
+        lambda self, model, batch: self._graph is not False and len(batch.x) > 0,
+    )
+    return stand_in

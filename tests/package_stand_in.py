@@ -48,7 +48,9 @@ class Loader:
             **signature.inputs_to_lifted_tensor_constants,
         }
         self.graph = program.graph_module
-        self.names = [named.get(node.name) for node in self.graph.graph.nodes if node.op == "placeholder"]
+        inputs = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+        self.names = [named.get(node.name) for node in inputs]
+        self.shapes = [node.meta["val"].shape for node in inputs if node.name not in named]
         self.lent: dict[str, torch.Tensor] = {}
 
     def get_constant_fqns(self) -> list[str]:
@@ -60,6 +62,9 @@ class Loader:
         _never_freed.append(lent)
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        # compiled code looks at neither, and reads what it takes to be there
+        assert [a.shape for a in inputs] == self.shapes
+        assert all(a.is_contiguous() for a in inputs)
         given = iter(inputs)
         arguments = [next(given) if name is None else self.lent[name] for name in self.names]
         (out,) = torch.fx.Interpreter(self.graph).run(*arguments)

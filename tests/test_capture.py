@@ -126,8 +126,8 @@ def test_an_embedding_gathered_from_a_table_passes():
     """What a step holds in place of the embedding where lanes stand at their own rows."""
     model = network()
 
-    def step(x, buffer, slot, lane_class, lane_row):
-        table = SimpleNamespace(buffer=buffer, slot=slot, lane_class=lane_class, _num_classes=3)
+    def step(x, buffer, first, lane_class, lane_row):
+        table = SimpleNamespace(buffer=buffer, _first=first, given={"lane_class": lane_class})
         return model.forward_embedded(x, EmbeddingTable.gather(table, lane_row))
 
     whole = torch.zeros(2, dtype=torch.int64)

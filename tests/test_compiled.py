@@ -193,22 +193,22 @@ def test_a_compiled_network_that_differs_is_not_used_and_that_is_said(compiler, 
     assert "compiled it is off by" in said(caplog)[-1]
 
 
-def batch_of(x: torch.Tensor) -> SimpleNamespace:
-    return SimpleNamespace(u=x, t=torch.full((len(x),), 900), cond={})
+def calls_on(x: torch.Tensor) -> list[packages.Call]:
+    return [packages.Call((x, torch.full((len(x),), t)), {}) for t in (900, 450)]
 
 
 @torch.inference_mode()
 def test_agreement_is_rounding_and_no_more():
-    net, batch = Net(), batch_of(torch.randn(3, *SHAPE))
+    net, calls = Net(), calls_on(torch.randn(3, *SHAPE))
     wide = [lambda x, t: net.double()(x.double(), t).float(), lambda x, t: net.float()(x, t)]
-    assert all(compiled.agree(same, lambda x, t: net.float()(x, t), batch, 10) for same in wide)
+    assert all(compiled.agree(same, lambda x, t: net.float()(x, t), calls, 10) for same in wide)
     for off in (lambda x, t: net(x, t) * (1 + 1e-5), lambda x, t: net(x, t + 1), lambda x, t: net(x, t)[:1]):
         with pytest.raises(packages.Refused, match="compiled it"):
-            compiled.agree(off, net, batch, 10)
+            compiled.agree(off, net, calls, 10)
     for silent in (torch.zeros_like, lambda x: x * float("nan"), lambda x: x / 0):
-        assert not compiled.agree(lambda x, t, f=silent: f(x), lambda x, t, f=silent: f(x), batch, 10)
+        assert not compiled.agree(lambda x, t, f=silent: f(x), lambda x, t, f=silent: f(x), calls, 10)
     with pytest.raises(packages.Refused, match="compiled it"):
-        compiled.agree(lambda x, t: x * float("nan"), net, batch, 10)
+        compiled.agree(lambda x, t: x * float("nan"), net, calls, 10)
 
 
 class Steep(torch.nn.Module):
@@ -225,18 +225,19 @@ class Steep(torch.nn.Module):
 
 @torch.inference_mode()
 def test_a_compiled_network_may_round_less_but_not_more():
-    net, batch = Steep(), batch_of(torch.randn(3, *SHAPE, dtype=torch.bfloat16))
+    net, calls = Steep(), calls_on(torch.randn(3, *SHAPE, dtype=torch.bfloat16))
     exact = copy.deepcopy(net).double()
 
     def less(x, t, off=0.0):
         return (exact(x.double(), t) + off).to(torch.bfloat16)
 
-    assert (less(batch.u, batch.t) - net(batch.u, batch.t)).abs().max() > 0.1
-    assert compiled.agree(less, net, batch, 4)
+    (x, t), *_ = calls[0]
+    assert (less(x, t) - net(x, t)).abs().max() > 0.1
+    assert compiled.agree(less, net, calls, 4)
     with pytest.raises(packages.Refused, match="compiled it is off"):
-        compiled.agree(lambda x, t: less(x, t, 1.5), net, batch, 4)
+        compiled.agree(lambda x, t: less(x, t, 1.5), net, calls, 4)
     with pytest.raises(packages.Refused, match="compiled it is off"):  # what is no module has no float64
-        compiled.agree(less, lambda x, t: net(x, t), batch, 4)
+        compiled.agree(less, lambda x, t: net(x, t), calls, 4)
 
 
 def test_outputs_of_zero_are_compared_again_when_they_say_something(compiler, monkeypatch, caplog):

@@ -109,7 +109,8 @@ import threading, time, torch
 from fastdiff import packages
 from benchmarks import networks
 net, shape = networks.policy()
-exported = packages.export(packages.structure_copy(net), torch.zeros(2, *shape), torch.zeros(2), {})
+call = packages.Call((torch.zeros(2, *shape), torch.zeros(2)), {})
+exported = packages.export(packages.structure_copy(net), call)
 threading.Thread(target=packages.build, args=(exported,), daemon=True).start()
 while not packages._compiling:
     time.sleep(0.05)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from chains import SCHEDULE, SHAPE
-from cuda_stand_in import Cuda, Tape
+from cuda_stand_in import capture_on_cpu
 from networks import network
 
 import fastdiff as fd
@@ -32,17 +32,7 @@ class Net(torch.nn.Module):
         return torch.cat([h] * self.outputs, dim=1)
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    """The stand-in in torch.cuda's place, and every chain of a module captured."""
-    stand_in = Cuda()
-    monkeypatch.setattr(graph, "cuda", stand_in)
-    monkeypatch.setattr(
-        execution.Execution,
-        "_captures",
-        lambda self, model, batch: self._graph is not False and len(batch.x) > 0,
-    )
-    return stand_in
+cuda = pytest.fixture(capture_on_cpu)
 
 
 def both(net, solver="ddpm", **options) -> tuple[fd.Sampler, fd.Sampler]:
@@ -136,17 +126,8 @@ def test_nothing_but_copies_runs_between_the_first_and_the_last_replay(cuda, mon
     captured, _ = both(Net())
     noise = torch.randn(6, 2, *SHAPE)
     captured.sample(2, noise=noise, trajectory=True)
-
-    class Between(Tape):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if cuda.replaying:
-                return func(*args, **(kwargs or {}))
-            result = super().__torch_dispatch__(func, types, args, kwargs)
-            self.notes[-1] = (func, cuda.calls.count("replay"), None, None)
-            return result
-
     cuda.calls.clear()
-    with Between() as tape:
+    with cuda.between() as tape:
         captured.sample(2, noise=noise, trajectory=True)
     inside = {str(func) for func, replays, *_ in tape.notes if 0 < replays < 6}
     assert inside == {"aten.copy_.default", "aten.select.int"}  # a view, and a copy into it

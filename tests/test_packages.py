@@ -138,7 +138,7 @@ def test_what_compiled_code_depends_on_is_in_its_name(compiler, monkeypatch):
     def path(net, num=2, dtype=torch.int64, labels=False) -> str:
         cond = {"labels": torch.zeros(num, dtype=torch.int64)} if labels else {}
         x, t = torch.zeros(num, *SHAPE), torch.zeros(num, dtype=dtype)
-        return packages.export(packages.structure_copy(net), x, t, cond).path.name
+        return packages.export(packages.structure_copy(net), packages.Call((x, t), cond)).path.name
 
     class Sine(Net):
         def forward(self, x, t, labels=None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ class Layout(NamedTuple):
     """Where the rows of a chain lie in a table of so many rows at a time.
 
     Attributes:
-        slots, slot: [rows] each row's place among its chunk's distinct times, on the host and the device.
+        slots: [rows] each row's place among its chunk's distinct times.
+        slot: [rows + 1] the same on the device; the idle row, behind the last, has any place.
         times: for each chunk its distinct times, on the device.
     """
 
@@ -56,7 +58,8 @@ class RowTimes:
                 for time in self._times[start : start + chunk_rows]:
                     slots.append(places.setdefault(time, len(places)))
                 times.append(torch.tensor(list(places)).to(self._device, self.dtype))
-            found = Layout(slots, torch.tensor(slots, dtype=torch.int64, device=self._device), times)
+            slot = torch.tensor([*slots, 0], dtype=torch.int64, device=self._device)
+            found = Layout(slots, slot, times)
             self._layouts[chunk_rows] = found
         return found
 
@@ -67,41 +70,39 @@ class EmbeddingTable:
         model.forward_embedded(x, table.at(row)) = model(x, times[row], labels)
 
     It holds the lines of a chunk of rows; a row of another chunk refills it, in place. So it belongs to one
-    call of a sampler, and weights that change between calls are followed.
+    call of a sampler, or to one after another (`renew`), and weights that change between calls are followed.
 
     Args:
         model: the network.
         layout: where the rows lie.
-        classes: [n] the distinct classes, as `UNet.embed` takes them; None for no class.
-        lane_class: [lanes] int64, which of them is a lane's.
+        given: `classes` [n], those that there are lines for, as `UNet.embed` takes them, and `lane_class`
+            [lanes] int64, which of them is a lane's; or neither, for no class.
         chunk_rows: rows of a chunk, as in `layout`.
 
     Attributes:
-        buffer: [lines, embedding_size] of the current chunk; its address stays.
-        slot: [rows] int64, which of its chunk's distinct times is a row's.
-        lane_class: [lanes] int64; None where there is but one class.
+        given: as above. Other values may be copied into them, with `renew`.
     """
 
-    def __init__(
-        self,
-        model: UNet,
-        layout: Layout,
-        classes: Tensor | None,
-        lane_class: Tensor | None,
-        chunk_rows: int,
-    ) -> None:
+    def __init__(self, model: UNet, layout: Layout, given: Mapping[str, Tensor], chunk_rows: int) -> None:
         self._model = model
         self._layout = layout
         self._chunk_rows = chunk_rows
-        self._classes = classes
-        self._num_classes = 1 if classes is None else len(classes)
-        self.lane_class = lane_class if self._num_classes > 1 else None
-        self.slot = layout.slot
-        lines = max(map(len, layout.times)) * self._num_classes
-        self.buffer = torch.empty(
-            lines, model.embedding_size, dtype=_dtype_of(model), device=layout.slot.device
-        )
+        self.given = given
+        self._num_classes = len(given["classes"]) if given else 1
+        self._first = layout.slot * self._num_classes
         self._chunk = -1
+
+    @cached_property
+    def buffer(self) -> Tensor:
+        """[lines, embedding_size] of the current chunk; its address stays."""
+        lines = max(map(len, self._layout.times)) * self._num_classes
+        size = lines, self._model.embedding_size
+        return torch.empty(size, dtype=_dtype_of(self._model), device=self._first.device)
+
+    @cached_property
+    def _lines(self) -> tuple[Tensor, ...]:
+        """The buffer by time: a view for each, [n, embedding_size]."""
+        return self.buffer.view(-1, self._num_classes, self.buffer.shape[1]).unbind(0)
 
     @property
     def nbytes(self) -> int:
@@ -109,9 +110,22 @@ class EmbeddingTable:
         return self.buffer.nbytes
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the chain."""
+        return len(self._layout.slots)
+
+    @property
     def is_whole(self) -> bool:
         """Whether one chunk holds every row, so that lanes may stand at different rows."""
         return len(self._layout.times) == 1
+
+    def reading(self, given: Mapping[str, Tensor]) -> EmbeddingTable:
+        """An empty table of this one's shapes that reads these tensors in the place of `given`."""
+        return EmbeddingTable(self._model, self._layout, given, self._chunk_rows)
+
+    def renew(self) -> None:
+        """Forget the lines: the weights, or the values of `given`, may be others from here on."""
+        self._chunk = -1
 
     def hold(self, row: int) -> None:
         """See to it that the buffer holds a row's lines: computes a chunk where it does not."""
@@ -120,60 +134,82 @@ class EmbeddingTable:
             return
         times = self._layout.times[chunk]
         labels = None
-        if self._classes is not None:
-            labels = self._classes.repeat(len(times))
+        if self.given:
+            labels = self.given["classes"].repeat(len(times))
             times = times.repeat_interleave(self._num_classes)
-        self.buffer[: len(times)].copy_(self._model.embed(times, labels))
+        with torch.no_grad():
+            self.buffer[: len(times)].copy_(self._model.embed(times, labels))
         self._chunk = chunk
 
     def at(self, row: int) -> Tensor:
         """The embedding of all lanes at one row: [1, embedding_size] for all alike, else [lanes, ...]."""
         self.hold(row)
-        first = self._layout.slots[row] * self._num_classes
-        lines = self.buffer[first : first + self._num_classes]
-        return lines if self.lane_class is None else lines.index_select(0, self.lane_class)
+        lines = self._lines[self._layout.slots[row]]
+        return lines if self._num_classes == 1 else lines.index_select(0, self.given["lane_class"])
+
+    def by_lane(self, row: int) -> Tensor:
+        """As `at`, for code of fixed shapes: [lanes, embedding_size] also where their classes are alike.
+
+        Without classes [1, embedding_size]; so the shape does not follow from which classes there are.
+        """
+        self.hold(row)
+        lines = self._lines[self._layout.slots[row]]
+        lane_class = self.given.get("lane_class")
+        return lines if lane_class is None or len(lane_class) == 1 else lines.index_select(0, lane_class)
 
     def gather(self, lane_row: Tensor) -> Tensor:
         """The embedding of lanes that stand at rows of the current chunk, each at its own: nothing is read.
 
+        Where they may stand at any row, the table must be whole.
+
         Args:
-            lane_row: [lanes] integers on the table's device; those of other chunks give another row's.
+            lane_row: [lanes] integers on the table's device, or [1] for all; those of other chunks give
+                another row's.
         Returns:
-            [lanes, embedding_size].
+            [lanes, embedding_size], or [1, ...] without classes for one row.
         """
-        line = self.slot[lane_row] * self._num_classes
-        return self.buffer.index_select(0, line if self.lane_class is None else line + self.lane_class)
+        line = self._first.index_select(0, lane_row)
+        return self.buffer.index_select(0, line + self.given["lane_class"] if self.given else line)
 
 
 def embedding_table(
-    model: Any, times: RowTimes, cond: Mapping[str, Any], *, max_bytes: int = MAX_BYTES
+    model: Any, times: RowTimes, cond: Mapping[str, Any], *, fixed: bool = False, max_bytes: int = MAX_BYTES
 ) -> EmbeddingTable | None:
     """The table of a chain; None where the network must be called as it is.
 
     That is a network which is no `fd.UNet`, is compiled, has forward hooks or methods of its own around the
     embedding, or is conditioned on more than classes; a chain of one row, which saves nothing; or a table of
-    which one row exceeds `max_bytes`. Classes on a device are read once, before the chain runs.
+    which one row exceeds `max_bytes`.
 
     Args:
         model: any network.
         times: of the rows.
         cond: the network's other arguments by lane.
+        fixed: let the table's shapes follow from those of `cond`, as a CUDA graph needs it: lines for every
+            lane, or every class where those are fewer. Else for the classes in use, which are read once.
         max_bytes: the most that the table may hold; fewer rows at a time fit where 64 would not.
     """
     labels = cond.get("labels")
     if not isinstance(model, UNet) or not set(cond) <= {"labels"} or len(times) < 2 or not _is_plain(model):
         return None
-    classes = lane_class = None
+    given = {}
     if labels is not None:
         if not model.num_classes or labels.dim() != 1 or labels.is_floating_point():
             return None  # which the network refuses in its own words
-        classes, lane_class = torch.unique(labels, return_inverse=True)
-    lines = 1 if classes is None else len(classes)
+        if not fixed:
+            classes, lane_class = torch.unique(labels, return_inverse=True)
+        elif len(labels) <= model.num_classes + 1:
+            classes, lane_class = labels, torch.arange(len(labels), device=labels.device)
+        else:
+            classes = torch.arange(-1, model.num_classes, device=labels.device)
+            lane_class = labels.to(torch.int64).clamp(-1, model.num_classes - 1) + 1
+        given = {"classes": classes, "lane_class": lane_class}
+    lines = len(given["classes"]) if given else 1
     row_bytes = lines * model.embedding_size * _dtype_of(model).itemsize
     chunk_rows = min(CHUNK_ROWS, max_bytes // max(row_bytes, 1))
     if not (lines and chunk_rows):
         return None
-    return EmbeddingTable(model, times.layout(chunk_rows), classes, lane_class, chunk_rows)
+    return EmbeddingTable(model, times.layout(chunk_rows), given, chunk_rows)
 
 
 def _dtype_of(model: UNet) -> torch.dtype:
