@@ -1,9 +1,10 @@
 """Compiled networks on the CPU: when one is made, which weights it reads, whether it may be used.
 
-A plan belongs to a network and the shapes that it is called with. It adds up the time that eager chains have
-taken, has the network compiled in the background once that would have paid for itself (`compile="auto"`), or
-at once (True), and hands it out where it still is the network: the same modules with the same settings and
-layouts of weights. Before its first use its outputs are compared with the network's own.
+A plan belongs to a network and the shapes that it is called with: the whole network, or a U-Net behind its
+embedding where that is tabulated. It adds up the time that eager chains have taken, has the network compiled
+in the background once that would have paid for itself (`compile="auto"`), or at once (True), and hands it out
+where it still is the network: the same modules with the same settings and layouts of weights. Before its
+first use its outputs are compared with the network's own.
 """
 
 from __future__ import annotations

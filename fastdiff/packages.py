@@ -34,6 +34,11 @@ from fastdiff.kernels import _cache
 from fastdiff.nn import prediction_of
 
 _SECONDS = 1800  # after which a compilation is given up
+# Iterations below which a loop runs on one thread, as it ends sooner than threads meet at its end; Inductor's
+# own bound of 512 for each of them is the same from 16 threads on. A step at batch 1 on two cores of a Xeon,
+# AVX-512: digits 1.09 to 1.13x, policy 1.08x, unet 1.03 to 1.05x as fast, the MLP as before.
+_LEAST_LOOP = 8192
+_LEAST_CHUNK = 512
 _compiling: set[subprocess.Popen[str]] = set()
 
 
@@ -118,7 +123,7 @@ def outline(network: torch.nn.Module, call: Call) -> tuple[str, bool]:
     known = description(network)
     kinds = known or [type(module).__qualname__ for module in network.modules()]
     shapes = [_described(name, tensor) for name, tensor in tensors_of(network)]
-    parts = (*kinds, *shapes, *call.described(), str(torch.get_num_threads()))
+    parts = (*kinds, *shapes, *call.described(), json.dumps(_settings()))
     name = _cache.digest(*parts, *_circumstances())
     return name[:12], known is not None
 
@@ -165,18 +170,25 @@ def export(network: torch.nn.Module, call: Call) -> Exported:
         for node in program.graph.nodes
         if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)
     ]
-    config = {
+    config = _settings()
+    parts = (str(program.graph), str(program.graph_signature), *inputs, json.dumps(config))
+    name = _cache.digest(*parts, *_circumstances())
+    operations = sum(node.op == "call_function" for node in program.graph.nodes)
+    return Exported(program, _cache.folder() / f"step-{beginning}-{name}-{operations}.pt2", config)
+
+
+def _settings() -> dict[str, Any]:
+    """Inductor's settings, on which a package's name depends."""
+    threads = torch.get_num_threads()
+    return {
         # weights are lent at run time: nothing may be folded, inlined or kept of them
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.use_runtime_constant_folding": False,
         "always_keep_tensor_constants": True,
         "freezing": False,
-        "cpp.threads": torch.get_num_threads(),
+        "cpp.threads": threads,
+        "cpp.min_chunk_size": max(_LEAST_CHUNK, _LEAST_LOOP // threads),
     }
-    parts = (str(program.graph), str(program.graph_signature), *inputs, json.dumps(config))
-    name = _cache.digest(*parts, *_circumstances())
-    operations = sum(node.op == "call_function" for node in program.graph.nodes)
-    return Exported(program, _cache.folder() / f"step-{beginning}-{name}-{operations}.pt2", config)
 
 
 def _writes_to_inputs(graph: Any) -> bool:

@@ -278,8 +278,8 @@ def unet() -> fd.UNet:
     return network(num_classes=3).cuda()
 
 
-def gpu_pair(unet: fd.UNet, solver: str) -> tuple[fd.Sampler, fd.Sampler]:
-    given = {"solver": solver, "steps": 8, "shape": (2, 8, 8)}
+def gpu_pair(unet: fd.UNet, solver: str, steps: int = 8) -> tuple[fd.Sampler, fd.Sampler]:
+    given = {"solver": solver, "steps": steps, "shape": (2, 8, 8)}
     return fd.Sampler(unet, SCHEDULE, graph=True, **given), fd.Sampler(unet, SCHEDULE, graph=False, **given)
 
 
@@ -293,6 +293,13 @@ def test_a_replay_on_a_gpu_is_the_eager_step(unet, solver):
         assert torch.allclose(
             captured.sample(3, seed=seed, **given), eager.sample(3, seed=seed, **given), atol=1e-3
         )
+
+
+@pytest.mark.gpu
+def test_a_chain_on_a_gpu_goes_from_chunk_to_chunk_of_its_embedding(unet):
+    captured, eager = gpu_pair(unet, "ddim", 70)
+    given = {"cond": {"labels": [0, 1, 2]}, "guidance_scale": 2.0}
+    assert torch.allclose(captured.sample(3, **given), eager.sample(3, **given), atol=1e-3)
 
 
 @pytest.mark.gpu

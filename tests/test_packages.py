@@ -156,6 +156,9 @@ def test_what_compiled_code_depends_on_is_in_its_name(compiler, monkeypatch):
     torch.set_num_threads(threads + 1)
     names.append(path(Net()))
     torch.set_num_threads(threads)
+    monkeypatch.setattr(packages, "_LEAST_CHUNK", 10_000)
+    names.append(path(Net()))
+    assert names[-1].split("-")[1] != names[0].split("-")[1], "nor is it found by its outline alone"
     monkeypatch.setattr(torch, "__version__", "9.9")
     names.append(path(Net()))
     monkeypatch.setattr(_cache, "processor", lambda: "another")
