@@ -72,7 +72,10 @@ def _has_idle_parameters(model: nn.Module, objective: Objective, x0: Tensor, con
 
 
 class Compiled(nn.Module):
-    """A network through torch.compile; or, with a warning, as it is, where that fails."""
+    """A network through torch.compile; or, with a warning, as it is, where that fails.
+
+    Random numbers, those of dropout, stay torch's own, so it drops what the eager network drops.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -84,7 +87,8 @@ class Compiled(nn.Module):
         if not self._tried:
             self._tried = True
             try:
-                compiled = torch.compile(self.model)
+                # Inductor's own numbers are others, and on a CPU they are slower
+                compiled = torch.compile(self.model, options={"fallback_random": True})
                 result = compiled(*args, **kwargs)
             except Exception as error:
                 # Inductor raises errors of many kinds; one of the network itself is raised again below.
