@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -95,16 +97,20 @@ def chain_speed(network: str, batch: int, solver: str, rounds: int = 9, steps: i
     """A chain, compared with diffusers', each with its network as it is and compiled.
 
     Raises:
-        AssertionError: the two chains do not give the same samples.
+        AssertionError: the chains do not give the same samples, or one that is to be compiled is not.
     """
     cpu.library(wait=True)
     assert (far := difference(network, batch, solver, steps)) <= SAME, f"the chains differ by {far}"
     scheduler, sampler = chain_pair(network, solver, steps)
     model, shape, generator = sampler.model, (batch, *sampler.shape), torch.Generator().manual_seed(0)
     by_torch = torch.compile(model, dynamic=False)
+    plain = sampler.sample(batch, seed=0)
 
     def ours(model: Any, compile: bool) -> Callable[[], Tensor]:
         chain = fd.Sampler(model, table=sampler.table, shape=sampler.shape, compile=compile)
+        with _nothing_said():
+            far = float((chain.sample(batch, seed=0) - plain).abs().max())
+        assert far <= SAME, f"the chains differ by {far}"
         return partial(chain.sample, batch, seed=0)
 
     optimised = {}
@@ -133,8 +139,26 @@ def chain_speed(network: str, batch: int, solver: str, rounds: int = 9, steps: i
         )
 
 
+@contextmanager
+def _nothing_said() -> Iterator[None]:
+    """See to it that a sampler does what it was asked to: it says so in one line where it cannot.
+
+    Raises:
+        AssertionError: with that line.
+    """
+    said: list[logging.LogRecord] = []
+    handler, log = logging.Handler(), logging.getLogger("fastdiff")
+    handler.emit = said.append  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+    assert not said, said[0].getMessage()
+
+
 def _network_alone(model: Callable[..., Tensor], shape: tuple[int, ...], steps: int) -> None:
-    """The eager floor: the network's evaluations and nothing between them."""
+    """The evaluations of the network as diffusers' loop calls it, and nothing between them."""
     x, t = torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64)
     for _ in range(steps):
         model(x, t)
@@ -164,7 +188,7 @@ def products(model: Callable[..., Tensor], shape: tuple[int, ...]) -> list[Calla
 
 
 def _products_alone(calls: list[Callable[[], Any]], steps: int) -> None:
-    """What no compiler takes away: the products, nothing between them."""
+    """The network's own products, nothing between them: those of its embedding included."""
     for _ in range(steps):
         for call in calls:
             call()

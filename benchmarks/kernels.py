@@ -5,7 +5,9 @@ python -m benchmarks.kernels          bring the table up to date; needs Triton, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
@@ -33,6 +35,8 @@ def table(found: Sequence[Report]) -> str:
 
 def main() -> None:
     """Rewrite the table between its marks."""
+    if not version("triton").startswith("3.7."):
+        sys.exit(f"the table is of what Triton 3.7 compiles, got {version('triton')}; install triton==3.7.1")
     rewrite(PAGE, "kernels", f"\n{table(report(TARGETS))}\n\n")
 
 

@@ -25,6 +25,9 @@ from fastdiff.files import atomic_path
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 _SECTION = re.compile(r"(<!-- results: (?!end)([a-z]+) -->\n).*?(<!-- results: end -->)", re.DOTALL)
+# ours, and diffusers', with the network compiled: the first of them that a comparison has
+COMPILED = ("fastdiff, optimised and compiled", "fastdiff, compiled", "fastdiff, torch.compile")
+THEIRS_COMPILED = ("diffusers + torch.compile", "diffusers, torch.compile")
 ON_A_GPU = ("gpukernels", "gpuops")  # the groups of benchmarks/gpu.py
 UNMEASURED = "Not measured: no record of a GPU is in benchmarks/results.\n"
 Result = tuple[Comparison | Quantity, dict[str, Any]]
@@ -61,7 +64,8 @@ def table(found: Sequence[Result]) -> str:
 def overview(groups: Mapping[str, Sequence[Result]]) -> str:
     """Markdown: every comparison that has a variant `fastdiff` as one line, the largest speed-up first.
 
-    Operators that are no step of a chain have a table of their own, not this one.
+    Beside it stand both with their networks compiled. Operators that are no step of a chain have a table of
+    their own, not this one.
     """
     found = [
         pair
@@ -76,11 +80,17 @@ def overview(groups: Mapping[str, Sequence[Result]]) -> str:
             f"{_ms(result.times[result.baseline].median)} ({result.baseline})",
             _ms(result.times["fastdiff"].median),
             verdict(result.speed_ups["fastdiff"]),
+            *(_first_of(result, labels) for labels in (COMPILED, THEIRS_COMPILED)),
         )
         for result, _ in found
     ]
     where = dict.fromkeys(_where(machine) for _, machine in found)
-    return "\n\n".join((_markdown(("task", "baseline, ms", "fastdiff, ms", "speed-up"), rows), *where)) + "\n"
+    head = ("task", "baseline, ms", "fastdiff, ms", "speed-up", "compiled", "baseline compiled")
+    return "\n\n".join((_markdown(head, rows), *where)) + "\n"
+
+
+def _first_of(result: Comparison, labels: Sequence[str]) -> str:
+    return next((verdict(result.speed_ups[label]) for label in labels if label in result.times), "")
 
 
 def _lines(result: Comparison) -> Iterable[tuple[str, ...]]:

@@ -107,7 +107,8 @@ def denoising_loss(
         ValueError: shape, dtype or device mismatch, before any launch.
 
     Traffic: reads `out`, writes its gradient, nothing else where the target is eps; a mask is read as it is,
-        not expanded, unless a dimension of 1 lies between others, as in [B, C, 1, W].
+        not expanded, unless a dimension of 1 lies between others, as in [B, C, 1, W], it is not dense, or a
+        sample has 2^31 elements.
     Source: Ho et al. 2020, eq. 14; Salimans and Ho 2022.
     """
     if target not in _dispatch.TARGETS:
@@ -117,7 +118,7 @@ def denoising_loss(
     if weight is not None:
         require("weight", weight, dtype=x0.dtype, device=device, shape=(batch,))
     if mask is not None:
-        _check_mask(mask, x0)
+        check_mask(mask, x0)
     key, ids = noise_key(seed, batch if sample_ids is None else sample_ids, batch, device)
     draws = integers("draw", draw, batch, device)
     kind = 1 + _dispatch.TARGETS.index(target)
@@ -205,11 +206,11 @@ def _check_out(out: torch.Tensor, x0: torch.Tensor) -> None:
     if tuple(out.shape) not in (shape, doubled) or out.dtype not in dtypes:
         raise ValueError(
             f"`out` must be {list(shape)}, or {list(doubled)} with a learned variance, of {dtypes}, "
-            f"got {out.dtype} {list(out.shape)}"
+            f"got {out.dtype} {list(out.shape)}; it is what the network returned for this x0"
         )
 
 
-def _check_mask(mask: torch.Tensor, x0: torch.Tensor) -> None:
+def check_mask(mask: torch.Tensor, x0: torch.Tensor) -> None:
     """Refuse a mask that does not belong to x0."""
     require("mask", mask, device=x0.device)
     shape = (1,) * (x0.dim() - mask.dim()) + tuple(mask.shape)
@@ -217,7 +218,7 @@ def _check_mask(mask: torch.Tensor, x0: torch.Tensor) -> None:
     if not fits or mask.dtype not in (torch.bool, x0.dtype):
         raise ValueError(
             f"`mask` must be bool or {x0.dtype} and broadcast to {list(x0.shape)}, "
-            f"got {mask.dtype} {list(mask.shape)}"
+            f"got {mask.dtype} {list(mask.shape)}; `mask.bool()` or `mask[..., None]`, say"
         )
 
 

@@ -50,7 +50,7 @@ def _settings(module: torch.nn.Module) -> Iterator[Any]:
         if value is None or isinstance(value, (bool, int, float, str)):
             yield name, value
         elif isinstance(value, dict) and name.endswith("_hooks"):
-            yield name, len(value)
+            yield name, tuple(value)  # the handles' ids, of which none is used twice
         elif callable(value):  # a forward of the object's own
             yield name, id(value)
 

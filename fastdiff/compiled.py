@@ -170,7 +170,10 @@ class Plan:
 
 
 def calls(batch: Batch) -> Iterator[Call]:
-    """What a batch's steps call, on its input: at two times, or with the embeddings of two rows."""
+    """What a batch's steps call, on its input: at two times, or with the embeddings of two rows.
+
+    Each is made when it is asked for, and an embedding stays until the next.
+    """
     table = batch.embedding
     if table is None:
         for t in (batch.t, batch.t // 2):
@@ -181,14 +184,14 @@ def calls(batch: Batch) -> Iterator[Call]:
 
 
 def example(batch: Batch) -> Call:
-    """The first of them without values."""
-    call = next(calls(batch))
+    """One of them without values; none is computed for it."""
 
     def like(a: Tensor) -> Tensor:
         return torch.empty(a.shape, dtype=a.dtype, device="meta")
 
-    cond = {name: like(a) for name, a in call.cond.items()}
-    return call._replace(given=tuple(map(like, call.given)), cond=cond)
+    if batch.embedding is not None:
+        return Call((like(batch.u), batch.embedding.example()), {}, "forward_embedded")
+    return Call((like(batch.u), like(batch.t)), {name: like(a) for name, a in batch.cond.items()})
 
 
 def made(duplicate: torch.nn.Module, call: Call, aside: bool, assume: bool) -> Package:

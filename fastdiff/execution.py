@@ -70,8 +70,10 @@ class Execution:
                 plan = plan_of(model, batch)
                 network = plan.network(model, batch, wait=now)
             if network is None and now:
-                batch.embedding = None  # torch compiles it whole
+                table, batch.embedding = batch.embedding, None  # torch compiles it whole
                 network = self._fallback(model, batch, plan)
+                if network is None:
+                    batch.embedding = table
         if self._captures(model, batch):
             evaluated = model if network is None else network
             program.tabulate(evaluated, batch, fixed=True)

@@ -156,10 +156,12 @@ class Graphs:
         """
         anatomy = Anatomy(model) if isinstance(model, torch.nn.Module) else None
         weights = [a.data_ptr() for _, a in tensors_of(model)] if anatomy else []
-        shapes = tuple((name, a.shape, a.dtype) for name, a in sorted(tensors_in(batch).items()))
+        given = sorted(tensors_in(batch).items())
+        first: dict[int, str] = {}  # what was one tensor has one buffer, in which two would not fit
+        shapes = tuple((name, first.setdefault(id(a), name), a.shape, a.dtype) for name, a in given)
         device = batch.x.device
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        state = (batch.u is batch.x, batch.embedding is None, takes_noise, *autocast)
+        state = (batch.embedding is None, takes_noise, *autocast)
         key = (id(network), program, device, *state, shapes, tuple(weights))
         with self._lock:
             found = self._kept.pop(key, None)

@@ -36,7 +36,8 @@ from fastdiff.nn import prediction_of
 _SECONDS = 1800  # after which a compilation is given up
 # Iterations below which a loop runs on one thread, as it ends sooner than threads meet at its end; Inductor's
 # own bound of 512 for each of them is the same from 16 threads on. A step at batch 1 on two cores of a Xeon,
-# AVX-512: digits 1.09 to 1.13x, policy 1.08x, unet 1.03 to 1.05x as fast, the MLP as before.
+# AVX-512: digits 1.09 to 1.13x, policy 1.08x, unet 1.03 to 1.05x as fast, the MLP as before. Inductor asks
+# again for each loop of a nest, so an outer one of few iterations may get fewer threads; not measured.
 _LEAST_LOOP = 8192
 _LEAST_CHUNK = 512
 _compiling: set[subprocess.Popen[str]] = set()

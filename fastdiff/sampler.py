@@ -54,9 +54,9 @@ class Sampler:
         graph: whether a step is captured in a CUDA graph. "auto": on a GPU, where the model is a
             `torch.nn.Module` that can be; True: any callable, whose parameters then must stay where they are.
         compile: whether the network is compiled. True: before the first chain, or torch.compile's way where
-            it cannot be exported. "auto": on a CPU, in the background, once the time spent in its chains
-            shows that it pays; a later chain then differs in the network's last bits. Compiled networks lie
-            on disk and follow their weights.
+            it cannot be exported, or on a GPU, which takes a U-Net whole, its embedding too. "auto": on a
+            CPU, in the background, once the time spent in its chains shows that it pays; a later chain then
+            differs in the network's last bits. Compiled networks lie on disk and follow their weights.
         **options: the solver's own, e.g. eta for "ddim".
 
     Raises:

@@ -20,6 +20,8 @@ def constants() -> str:
         "WRITES_U WRITES_X0 QUANTILE_BITS QUANTILE_UNIT",
     }
     lines = [_constant(name, getattr(m, name)) for m, listed in names.items() for name in listed.split()]
+    columns = "X0_FROM_X X0_FROM_OUT CLIP_LO CLIP_HI MEAN_WEIGHT GAP_AT_MIN GAP_AT_MAX WIDTH"  # not layout's
+    lines += [_constant(f"VLB_{name}", getattr(_vlb_cpu, name)) for name in columns.split()]
     return "#include <cstdint>\n" + "\n".join(lines) + "\n"
 
 

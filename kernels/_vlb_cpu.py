@@ -77,7 +77,7 @@ def _few_samples(f: Terms) -> None:
     f.vlb.copy_(term.sum(1) * (BITS / n))
     if f.grad_mean is not None:
         passed = (raw >= row[CLIP_LO]) & (raw <= row[CLIP_HI])
-        f.grad_mean.copy_(by_x0.mul_(passed))
+        f.grad_mean.copy_(by_x0.where(passed, 0))  # also where it is NaN
     if f.grad_v is not None:
         f.grad_v.copy_(by_gap.div_(row[MEAN_WEIGHT].clamp(min=1.0)))
 

@@ -73,14 +73,20 @@ inline void normals(float* z, int64_t start, int count, int64_t seed, int64_t sa
   for (int i = 4 * whole; i < count; i++) z[i] = tail[i - 4 * whole][whole];
 }
 
-inline float exact_exp(float y) {
+struct Reduced { float n, r, q, scale; };  // exp(y) = scale (1 + r + r^2 q), scale = 2^n; y clamped
+
+inline Reduced exp_parts(float y) {
   y = y < EXP_LO ? EXP_LO : y > EXP_HI ? EXP_HI : y;
   float rounded = y * LOG2E + ROUNDER, n = rounded - ROUNDER;
   float r = (y - n * LN2_HI) - n * LN2_LO;
-  float p = EXP[6] * r + EXP[5];
-  for (int k = 4; k >= 0; k--) p = p * r + EXP[k];
-  return p * as_float((int32_t)((uint32_t)(as_int(rounded) + 127) << 23));
+  float q = EXP[6] * r + EXP[5];
+  for (int k = 4; k >= 2; k--) q = q * r + EXP[k];
+  return {n, r, q, as_float((int32_t)((uint32_t)(as_int(rounded) + 127) << 23))};
 }
+
+inline float power_of(const Reduced& e) { return ((e.q * e.r + EXP[1]) * e.r + EXP[0]) * e.scale; }
+
+inline float exact_exp(float y) { return power_of(exp_parts(y)); }
 
 // bfloat16 to float32 is exact; back it rounds to nearest, ties to even, as torch does
 inline float widen(uint16_t h) { return as_float((int32_t)((uint32_t)h << 16)); }

@@ -144,8 +144,7 @@ def _denoising_loss_kernel(
 def denoising_loss_triton(f: Loss) -> None:
     """`denoising_loss_torch` on a GPU or in Triton's interpreter."""
     batch, n = f.x0.shape
-    if not f.out.numel():
-        _nothing(f)
+    if _is_nothing(f):
         return
     grid, options = cut(batch, n, f.out)
     sums = torch.empty(batch, grid[1] * grid[2], dtype=torch.float32, device=f.out.device)
@@ -160,13 +159,9 @@ def denoising_loss_triton(f: Loss) -> None:
 
 
 def denoising_loss_torch(f: Loss) -> None:
-    """Fill loss, and error if wanted: the CPU's implementation, and that of devices without Triton.
-
-    Traffic: reads out once, writes its error once; x0 is read for the targets v and x0.
-    """
+    """Fill loss, and error if wanted: the CPU's implementation, and that of devices without Triton."""
     batch, n = f.x0.shape
-    if not f.out.numel():
-        _nothing(f)
+    if _is_nothing(f):
         return
     native = cpu.library() if f.out.device.type == "cpu" else None
     if native is None:
@@ -196,6 +191,8 @@ def denoising_loss_torch(f: Loss) -> None:
 def denoising_loss_reference(f: Loss) -> None:
     """The formula in float64; loss, error and total may be float64."""
     batch, n = f.x0.shape
+    if _is_nothing(f):
+        return
     error = f.out[:, :n].double() - _target(
         f, torch.empty_like(f.x0, dtype=torch.float64), q_sample_reference
     )
@@ -224,11 +221,14 @@ def _sum_of(mask: torch.Tensor, n: int) -> torch.Tensor:
     return mask.sum(1, keepdim=True, dtype=torch.float64) * (n // max(1, mask.shape[1]))
 
 
-def _nothing(f: Loss) -> None:
-    """The loss of no elements."""
+def _is_nothing(f: Loss) -> bool:
+    """Whether there are no elements, whose loss is 0."""
+    if f.x0.numel():
+        return False
     for result in (f.loss, f.total):
         if result is not None:
             result.zero_()
+    return True
 
 
 def _finish(f: Loss, sums: torch.Tensor, totals: torch.Tensor | None) -> None:

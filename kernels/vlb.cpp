@@ -5,14 +5,9 @@ namespace {
 struct Exponential { float power, less, rest; };  // exp(y), exp(y) - 1, exp(y) - 1 - y
 
 inline Exponential exp_rest(float y) {
-  y = y < EXP_LO ? EXP_LO : y > EXP_HI ? EXP_HI : y;
-  float rounded = y * LOG2E + ROUNDER, n = rounded - ROUNDER;
-  float r = (y - n * LN2_HI) - n * LN2_LO;
-  float q = EXP[6] * r + EXP[5];
-  for (int k = 4; k >= 2; k--) q = q * r + EXP[k];
-  float power = ((q * r + EXP[1]) * r + EXP[0]) * as_float((int32_t)((uint32_t)(as_int(rounded) + 127) << 23));
-  float rest = (q * r) * r, less = power - 1.0f;
-  return {power, n == 0.0f ? r + rest : less, n == 0.0f ? rest : less - y};
+  const Reduced e = exp_parts(y);
+  float power = power_of(e), rest = (e.q * e.r) * e.r, less = power - 1.0f;
+  return {power, e.n == 0.0f ? e.r + rest : less, e.n == 0.0f ? rest : less - y};
 }
 
 struct Term { float nats, by_gap, by_x0; };
@@ -49,7 +44,7 @@ inline Term likelihood(float x0, float error, float gap, float weight) {
 
 extern "C" {
 
-// sums: [batch, fd_blocks(n)], in nats; out: [batch, lane] with lane = n or 2n; grad_mean, grad_v or null; coef: [levels, 8]
+// sums: [batch, fd_blocks(n)], in nats; out: [batch, lane] with lane = n or 2n; grad_mean, grad_v or null; coef: [levels, VLB_WIDTH]
 void fd_vlb_terms(double* sums, float* grad_mean, float* grad_v, const float* x0, const float* x_t, const float* out, const float* coef,
                   const int64_t* t, int64_t batch, int64_t n, int64_t lane, int64_t levels, int threads) {
   const int64_t chunks = (n + BLOCK - 1) / BLOCK;
@@ -58,8 +53,9 @@ void fd_vlb_terms(double* sums, float* grad_mean, float* grad_v, const float* x0
     const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
     const int count = (int)std::min<int64_t>(BLOCK, n - start);
     const int64_t level = std::min<int64_t>(std::max<int64_t>(t[b], 0), levels - 1);
-    const float* row = coef + level * 8;  // X0_FROM_X, ..., GAP_AT_MAX of _vlb_cpu.py
-    const float from_x = row[0], from_out = row[1], low = row[2], high = row[3], weight = row[4], at_min = row[5], at_max = row[6];
+    const float* row = coef + level * VLB_WIDTH;
+    const float from_x = row[VLB_X0_FROM_X], from_out = row[VLB_X0_FROM_OUT], low = row[VLB_CLIP_LO], high = row[VLB_CLIP_HI];
+    const float weight = row[VLB_MEAN_WEIGHT], at_min = row[VLB_GAP_AT_MIN], at_max = row[VLB_GAP_AT_MAX];
     const float *x = x0 + base, *noisy = x_t + base, *o = out + b * lane + start, *v = o + n;
     float raw[BLOCK], error[BLOCK], gap[BLOCK], nats[BLOCK], by_gap[BLOCK], by_x0[BLOCK];
     for (int i = 0; i < count; i++) raw[i] = (from_x != 0.0f ? from_x * noisy[i] : 0.0f) + from_out * o[i];

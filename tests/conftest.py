@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 from forks import Forks
@@ -15,8 +16,13 @@ from forks import Forks
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
-# Threads that wait for one another on a busy core make a small network many times slower.
+# Threads that wait for one another on a busy core make a small network many times slower: workers share the
+# cores, and so do the processes that they start.
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+hypothesis.settings.register_profile("shared", deadline=None)  # an example may wait for its core
+hypothesis.settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")

@@ -118,11 +118,13 @@ def test_a_network_and_its_weights_end_with_their_samplers(compiler):
 def test_a_network_that_has_become_another_is_compiled_anew(compiler, change):
     net, act = Net(), torch.nn.Tanh()
     outer = Chain(net, act)
+    hook = net.register_forward_hook(lambda module, args, out: out)
     pair = both(outer)
     before = pair[0].sample(3)
     if change == "setting":
         net.gain = 2.0
     elif change == "hook":
+        hook.remove()  # and there are as many as before
         net.register_forward_hook(lambda module, args, out: 2 * out)
     elif change == "forward":
         net.forward = lambda x, t: 0.5 * x

@@ -122,6 +122,15 @@ def test_what_a_chain_is_given_is_copied_into_the_buffers(cuda):
     assert cuda.calls.count("capture") == 2
 
 
+def test_what_was_one_tensor_may_be_two_in_the_next_call(cuda):
+    """One buffer serves both of them in the first call; in the second each needs its own."""
+    captured, eager = both(Net())
+    ids = torch.arange(2)
+    for labels in (ids, ids + 5):
+        given = {"sample_ids": ids, "cond": {"labels": labels}}
+        assert torch.equal(captured.sample(2, **given), eager.sample(2, **given))
+
+
 def test_nothing_but_copies_runs_between_the_first_and_the_last_replay(cuda, monkeypatch):
     captured, _ = both(Net())
     noise = torch.randn(6, 2, *SHAPE)
@@ -205,6 +214,7 @@ def test_weights_changed_in_place_are_followed_and_new_ones_captured(cuda):
 def test_a_network_that_has_become_another_is_captured_again(cuda, change):
     net = torch.nn.Module()
     net.inner, net.act = Net(), torch.nn.Tanh()
+    hook = net.inner.register_forward_hook(lambda module, args, out: out)
     type(net).forward = lambda self, x, t: self.act(self.inner(x, t))
     captured, eager = both(net)
     try:
@@ -212,6 +222,7 @@ def test_a_network_that_has_become_another_is_captured_again(cuda, change):
         if change == "setting":
             net.inner.gain = 2.0
         elif change == "hook":
+            hook.remove()  # and there are as many as before
             net.inner.register_forward_hook(lambda module, args, out: 2 * out)
         elif change == "forward":
             net.inner.forward = lambda x, t: 0.5 * x

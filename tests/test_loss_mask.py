@@ -98,6 +98,29 @@ def test_mask_of_any_shape_has_the_bits_of_the_whole_one(
         assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("backend", ["native", *OTHERS[2:]])
+@pytest.mark.parametrize("few", [(4, 700, 1), (4, 1, 7), (700, 7)], ids=str)
+def test_repeated_mask_goes_on_from_block_to_block(
+    backend: str, few: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of several blocks, which begin within a repetition, and enough of them for threads."""
+    shape, threads = (4, 700, 7), torch.get_num_threads()
+    f, mask = operands(4900, 2), drawn(few, "weights")
+    expected = masked(
+        f._replace(loss=f.loss.clone(), error=f.error.clone()), mask.expand(shape).clone(), shape
+    )
+    run(backend, expected, monkeypatch)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            each = masked(f._replace(loss=f.loss.clone(), error=f.error.clone()), mask, shape)
+            run(backend, each, monkeypatch)
+            for one, other in zip(results(each), results(expected), strict=True):
+                assert_same_bits(one, other)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mask_is_copied_only_around_a_dimension_of_1_between_others(shape: tuple[int, ...]) -> None:
     mask = drawn(shape, "bool")
@@ -164,6 +187,23 @@ def test_empty_operands_have_no_loss(
     f = masked(operands(n, batch=batch), torch.ones(batch, n) > 0, (batch, n))
     run(backend, f, monkeypatch)
     assert f.loss.tolist() == f.total.tolist() == [0.0] * batch
+    denoising_loss_reference(f)
+    assert f.loss.tolist() == f.total.tolist() == [0.0] * batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0)], ids=str)
+def test_operator_takes_nothing_under_a_mask(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x0, t = torch.zeros(shape, dtype=dtype), torch.zeros(shape[0], dtype=torch.int64)
+    levels = torch.ones(1, 2, dtype=dtype)
+    loss = ops.denoising_loss(x0, x0, levels, t, 1, None, 0, mask=torch.ones(shape) > 0)
+    assert loss.tolist() == [0.0] * shape[0]
+
+
+def test_mask_of_more_than_the_kernel_divides_is_of_full_size() -> None:
+    shape = torch.Size((1, 2**16, 2**15))
+    rows, inner = _dispatch._rows_of_mask(torch.empty(1, 2**16, 1, dtype=torch.bool, device="meta"), shape)
+    assert (rows.shape, inner) == ((1, 2**31), 1)
 
 
 def arguments(dtype: torch.dtype = torch.float32, learned: bool = False) -> dict[str, Any]:
@@ -301,6 +341,14 @@ def test_objective_takes_its_mean_over_the_mask(loss: str) -> None:
         torch.testing.assert_close(found.total[b], alone.total[0], rtol=1e-6, atol=0)
         grads = [torch.autograd.grad(a, gain, retain_graph=True)[0] for a in (found.total[b], alone.total[0])]
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_objective_refuses_a_mask_before_the_network_runs() -> None:
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the network has run")
+
+    with pytest.raises(ValueError, match=r"`mask` must be bool .* `mask\[..., None\]`"):
+        Objective(NoiseSchedule.cosine(20))(network, torch.zeros(2, 5, 3), mask=torch.ones(2, 5) > 0)
 
 
 @pytest.mark.parametrize("loss", ["hybrid", "vlb"])

@@ -212,6 +212,25 @@ def test_what_is_no_plain_unet_is_called_as_it_is(model, cond):
     assert embedding_table(model, rows(*range(5)), cond) is None
 
 
+def test_a_hook_of_all_modules_is_not_gone_round():
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, given, out: out)
+    try:
+        assert embedding_table(network(), rows(*range(5)), {}) is None
+    finally:
+        handle.remove()
+    assert embedding_table(network(), rows(*range(5)), {}) is not None
+
+
+def test_a_captured_step_has_no_table_that_is_refilled_every_few_rows():
+    model, cond = network(), {"labels": torch.zeros(3, dtype=torch.int64)}
+    row = 4 * model.embedding_size  # of one class in use; of three lanes where shapes are fixed
+    for most, there in ((15, False), (16, True)):
+        found = embedding_table(model, rows(*range(50)), cond, fixed=True, max_bytes=3 * most * row)
+        assert (found is not None) == there
+    assert embedding_table(model, rows(*range(50)), cond, max_bytes=3 * row) is not None
+    assert embedding_table(model, rows(*range(5)), cond, fixed=True, max_bytes=15 * row) is not None
+
+
 def test_chains_of_one_row_and_of_no_samples_need_no_table():
     assert embedding_table(network(), rows(5), {}) is None
     sampler = fd.Sampler(network(), SCHEDULE, steps=2, shape=SHAPE)

@@ -146,7 +146,7 @@ def test_rest_of_the_exponential_keeps_its_digits_near_0() -> None:
 @pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
 def test_compiled_loop_has_the_interpreters_bits(variance: str, prediction: str) -> None:
-    """Of the gradients, which hold what the terms are made of; the sums are in another order."""
+    """Of the gradients; the sums are in another order."""
     f = operands(1823, prediction, variance)
     if prediction == "x0":
         f.out[-1, :1823] = f.x0[-1]  # an error of 0, whose gradient has a sign
@@ -225,6 +225,26 @@ def test_nan_stays_and_x_t_is_not_read_where_the_network_predicts_x0(backend: st
     f.out[:, 5] = float("nan")
     run(backend, f)
     assert f.vlb.isnan().all()
+    assert (f.grad_mean[:, 5] == 0).all()  # it lies not within the clip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("v", [-120.0, 190.0])
+def test_variances_far_from_the_posteriors_are_not_cut_short(backend: str, v: float) -> None:
+    """exp(gap) is clamped at -87 and 88, the gap beside it is not."""
+    f = operands(63, "eps", "learned")
+    f.out[:, 63:] = v
+    later = f.t > 0
+    f = f._replace(**{name: getattr(f, name)[later] for name in ("vlb", "x0", "x_t", "out", "t")})
+    f = f._replace(grad_mean=torch.empty_like(f.x0), grad_v=torch.empty_like(f.x0))
+    exact_f = copies(f, torch.float64)
+    vlb_terms_reference(exact_f)
+    run(backend, f)
+    if v > 0:
+        torch.testing.assert_close(f.vlb.double(), exact_f.vlb, rtol=1e-5, atol=0)
+    else:  # e^88 and more: both are past all use
+        assert (f.vlb > 1e30).all()
+        assert (exact_f.vlb > 1e30).all()
 
 
 def op_operands(is_learned: bool = True) -> dict[str, Any]:

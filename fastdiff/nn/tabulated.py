@@ -7,11 +7,13 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.modules.module as every  # where the hooks of all modules are kept
 from torch import Tensor
 
 from fastdiff.nn.unet import UNet
 
 CHUNK_ROWS = 64
+LEAST_ROWS = 16  # of a chunk in a captured step, between whose replays it is refilled
 MAX_BYTES = 64 * 2**20
 _OVERRIDABLE = ("forward", "embed", "forward_embedded", "__call__")
 
@@ -157,6 +159,12 @@ class EmbeddingTable:
         lane_class = self.given.get("lane_class")
         return lines if lane_class is None or len(lane_class) == 1 else lines.index_select(0, lane_class)
 
+    def example(self) -> Tensor:
+        """What `by_lane` returns, without values."""
+        lanes = len(self.given.get("lane_class", (None,)))
+        size = self._model.embedding_size
+        return torch.empty(lanes, size, dtype=_dtype_of(self._model), device="meta")
+
     def gather(self, lane_row: Tensor) -> Tensor:
         """The embedding of lanes that stand at rows of the current chunk, each at its own: nothing is read.
 
@@ -179,7 +187,7 @@ def embedding_table(
 
     That is a network which is no `fd.UNet`, is compiled, has forward hooks or methods of its own around the
     embedding, or is conditioned on more than classes; a chain of one row, which saves nothing; or a table of
-    which one row exceeds `max_bytes`.
+    which one row, or 16 where `fixed`, exceed `max_bytes`.
 
     Args:
         model: any network.
@@ -207,7 +215,7 @@ def embedding_table(
     lines = len(given["classes"]) if given else 1
     row_bytes = lines * model.embedding_size * _dtype_of(model).itemsize
     chunk_rows = min(CHUNK_ROWS, max_bytes // max(row_bytes, 1))
-    if not (lines and chunk_rows):
+    if not (lines and chunk_rows) or (fixed and chunk_rows < min(LEAST_ROWS, len(times))):
         return None
     return EmbeddingTable(model, times.layout(chunk_rows), given, chunk_rows)
 
@@ -224,4 +232,5 @@ def _is_plain(model: UNet) -> bool:
     hooked = any(
         module._forward_hooks or module._forward_pre_hooks for module in (model, *model.embedding.modules())
     )
+    hooked = hooked or bool(every._global_forward_hooks or every._global_forward_pre_hooks)
     return not (own or hooked or model._compiled_call_impl is not None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff._arguments import integers, noise_key
+from fastdiff._losses import check_mask
 from fastdiff.nn import prediction_of
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import draws
@@ -175,6 +176,8 @@ class Objective:
             TypeError, ValueError: an argument breaks its contract, or the model's output has another shape.
         """
         _check_images(x0)
+        if mask is not None:
+            check_mask(mask, x0)
         if mask is not None and self.loss not in ("simple", "min_snr"):
             raise ValueError(
                 f"`mask` must be None for the loss {self.loss!r}, whose bound has none, got a mask;"
