@@ -253,8 +253,7 @@ def two_processes(folder: Path) -> dict[str, Any]:
         """All of torch.compile but the code generation; no idle parameter; bfloat16."""
         import torch
 
-        compile_ = torch.compile
-        torch.compile = lambda model: compile_(model, backend="eager")
+        torch.compile = runs.traced
         torch.manual_seed(1)
         model = runs.Plain()
         del model.unused
