@@ -113,9 +113,8 @@ def test_an_activation_is_in_place_where_that_costs_no_copy(trains):
     """Where a gradient needs what was there before, autograd would copy it."""
     net = network(attention_levels=()).train(trains)
     x, t, labels = arguments(net)
-    modulation = net.embed(t, labels)
     with Operators() as operators, torch.set_grad_enabled(trains):
-        net.forward_embedded(x, modulation)
+        net(x, t, labels)
     assert (operators.counts["aten.silu_.default"] > 0) == (not trains)
     assert (operators.counts["aten.silu.default"] > 0) == trains
     assert operators.counts["aten.clone.default"] == 0

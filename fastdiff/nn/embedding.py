@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from fastdiff.nn.layers import silu_of
 
 MAX_PERIOD = 10_000.0  # the slowest sinusoid turns once in about 2 pi * 10 000 training steps
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -54,7 +55,7 @@ class Embedding(nn.Module):
         self._check(t, labels)
         angle = t.reshape(-1, 1).to(torch.float32) * self.frequency_bits.view(torch.float32)
         h = torch.cat((angle.cos(), angle.sin()), dim=1).to(self.time1.weight.dtype)
-        h = self.time2(F.silu(self.time1(h), inplace=True))
+        h = self.time2(silu_of(self.time1(h)))
         if self.classes is not None:
             if labels is None:
                 h = h + self.classes.weight.select(0, 0)
@@ -62,7 +63,7 @@ class Embedding(nn.Module):
                 # Reading labels to check their range would stop a device; a clamped row is in the table.
                 row = labels.reshape(-1).to(torch.int64).clamp(-1, self.num_classes - 1) + 1
                 h = h + self.classes(row)
-        return self.project(F.silu(h)) + self.identity
+        return self.project(silu_of(h)) + self.identity
 
     def _check(self, t: Tensor, labels: Tensor | None) -> None:
         if not isinstance(t, Tensor) or t.is_complex() or t.dtype == torch.bool:
