@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -159,31 +160,61 @@ def run_until(out: Path, config: Any, moment: str, step: int) -> None:
 
 
 def terminated(folder: Path) -> dict[str, Any]:
-    """Runs that are asked to end in their fifth step: one process, which then goes on, and one of two."""
+    """Runs that are asked to end: in step 5, alone, then going on, and in one of two; later; in an error."""
     import training_runs as runs
+
+    from fastdiff.train import trainer as module
 
     rare = replace(runs.CONFIG, checkpoint_every=100)
 
-    def asked(run: Any, rank: int = 0) -> None:
+    def ask() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(run: Any, rank: int = 0, at: int = 5, fails: bool = False) -> None:
         part = type(run._stepper)._part
 
         def call(self: Any, step: int, given: Any) -> Any:
-            if step == 4 and rank == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if step == at - 1 and rank == 0:
+                ask()
+                ask()  # as a scheduler and its shell may both do
+                if fails:
+                    raise OSError("no more of it")
             return part(self, step, given)
 
         type(run._stepper)._part = call
         run.run(progress=False)
 
+    def of_two(rank: int) -> None:
+        save = module.save_checkpoint
+        module.save_checkpoint = lambda *given: (time.sleep(0.3), save(*given))
+        try:
+            asked(plain_trainer(folder / "two", 12, checkpoint_every=100), rank)
+        finally:
+            print(left("two")[-1], file=sys.stderr)
+
+    def in_the_last_checkpoint() -> None:
+        save = module.save_checkpoint
+        run = runs.trainer(folder / "late", rare)
+        module.save_checkpoint = lambda *given: (ask(), save(*given))
+        run.run(progress=False)
+
     def left(name: str) -> list[str]:
         return sorted(path.name for path in (folder / name / "checkpoints").iterdir())
+
+    def resumed(name: str) -> list[tuple[int, str]]:
+        return children([lambda: runs.trainer(folder / name, rare, resume=True).run(progress=False)])
 
     return {
         "alone": children([lambda: asked(runs.trainer(folder / "alone", rare))]),
         "left": left("alone"),
-        "resumed": children([lambda: runs.trainer(folder / "alone", rare, resume=True).run(progress=False)]),
-        "two": grouped(lambda rank: asked(plain_trainer(folder / "two", 12, checkpoint_every=100), rank)),
+        "resumed": resumed("alone"),
+        "two": grouped(of_two),
         "two left": left("two"),
+        "last": children([lambda: asked(runs.trainer(folder / "last", rare), at=12)]),
+        "last resumed": resumed("last"),
+        "late": children([in_the_last_checkpoint]),
+        "late left": left("late"),
+        "failing": children([lambda: asked(runs.trainer(folder / "failing", rare), fails=True)]),
     }
 
 

@@ -17,6 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastdiff.cli import app
+from fastdiff.train import Trainer
+from fastdiff.train.ranks import Ranks
+from fastdiff.train.stop import Stopped
 
 TINY = ["--channels", "8", "--mult", "1", "--blocks", "1", "--attention=", "--batch", "8", "--warmup", "1"]
 TINY += ["--timesteps", "50"]
@@ -218,6 +221,18 @@ def test_a_run_is_not_overwritten_and_resumes_only_as_it_was(tmp_path):
     assert "resume" in run(*again, code=2)
     assert "lr" in run(*again, "--resume", "--lr", "0.5", code=2)
     assert "trained 4 steps" in run(*again, "--resume")
+
+
+def test_a_training_that_is_asked_to_end_leaves_the_group_of_its_processes(tmp_path, monkeypatch):
+    left = []
+
+    def ends(*_, **__):
+        raise Stopped(143)
+
+    monkeypatch.setattr(Trainer, "run", ends)
+    monkeypatch.setattr(Ranks, "leave", lambda ranks: left.append(ranks))
+    run("train", "--data", "digits", "--out", str(tmp_path / "run"), *TINY, code=143)
+    assert len(left) == 1
 
 
 def test_a_killed_training_resumes_to_the_same_model(tmp_path):

@@ -11,8 +11,9 @@ import pytest
 from training_runs import CONFIG, log, state, trainer
 
 from fastdiff.files import load_tensors, save_tensors
+from fastdiff.train import stop
 from fastdiff.train.checkpoint import checkpoints
-from fastdiff.train.stop import Stop
+from fastdiff.train.stop import Stop, Stopped
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,20 +90,48 @@ def test_without_a_whole_checkpoint_the_damaged_ones_are_all_named(tmp_path):
         trainer(out, resume=True)
 
 
-def test_a_run_that_is_asked_to_end_does_so_after_its_step_and_goes_on_bit_for_bit(forks, straight, tmp_path):
-    """Two processes, of which one is asked, end after the same step: the next look at the loss."""
-    found = forks("terminated", tmp_path)
+@pytest.fixture(scope="module")
+def terminated(forks, tmp_path_factory):
+    """(folder, what the runs that were asked to end came to)."""
+    folder = tmp_path_factory.mktemp("terminated")
+    return folder, forks("terminated", folder)
+
+
+def test_a_run_that_is_asked_to_end_does_so_after_its_step_and_goes_on_bit_for_bit(terminated, straight):
+    """Twice at once, as a scheduler and its shell may both ask."""
+    folder, found = terminated
     [[status, said]] = found["alone"]
     assert status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 5 of 12; the same run goes on from its checkpoint in" in said
-    assert f"{tmp_path / 'alone'} with --resume" in said
+    assert f"{folder / 'alone'} with --resume" in said
     assert found["left"] == ["step-00000000.safetensors", "step-00000005.safetensors"]
     assert found["resumed"] == [[0, ""]]
-    assert state(tmp_path / "alone") == state(straight)
-    assert log(tmp_path / "alone") == log(straight)
+    assert state(folder / "alone") == state(straight)
+    assert log(folder / "alone") == log(straight)
+
+
+def test_two_processes_of_which_one_is_asked_end_after_the_same_step_with_its_checkpoint(terminated):
+    """After the next look at the loss; none before rank 0 has written, as torchrun then kills the others."""
+    _, found = terminated
     assert [status for status, _ in found["two"]] == [143, 143], found["two"]
     assert [said.count("after step 6 of 12") for _, said in found["two"]] == [1, 0]
     assert found["two left"] == ["step-00000000.safetensors", "step-00000006.safetensors"]
+    assert [said.split()[-1] for _, said in found["two"]] == ["step-00000006.safetensors"] * 2
+
+
+def test_a_request_to_end_is_never_lost(terminated, straight):
+    """In the last step it is answered as in any; in the last checkpoint and in an error the process ends."""
+    folder, found = terminated
+    [[status, said]] = found["last"]
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 12 of 12" in said
+    assert found["last resumed"] == [[0, ""]]
+    assert state(folder / "last") == state(straight)
+    assert [status for status, _ in found["late"]] == [-signal.SIGTERM]
+    assert found["late left"] == ["step-00000000.safetensors", "step-00000012.safetensors"]
+    [[status, said]] = found["failing"]
+    assert status == -signal.SIGTERM
+    assert "OSError: no more of it" in said  # which nobody else can say
 
 
 def test_sigterm_is_left_to_those_who_have_a_use_for_it():
@@ -113,16 +142,30 @@ def test_sigterm_is_left_to_those_who_have_a_use_for_it():
             assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, theirs)
-    with Stop() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.asked
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
     found = []
     with_thread = threading.Thread(target=lambda: found.append(Stop().__enter__().asked))
     with_thread.start()
     with_thread.join()
     assert found == [False]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_request_ends_the_process_if_it_is_none_of_those_that_come_together(monkeypatch):
+    ends = []
+
+    def asked_again():
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert ends == []
+        monkeypatch.setattr(stop, "_REPEATS", -1.0)
+        signal.raise_signal(signal.SIGTERM)
+        raise Stopped(143)
+
+    monkeypatch.setattr(stop, "_end", lambda: ends.append(signal.getsignal(signal.SIGTERM)))
+    with pytest.raises(Stopped), Stop() as asked:
+        asked_again()
+    assert asked.asked
+    assert ends == [signal.SIG_DFL]  # and none for the first, which was answered
 
 
 def test_a_full_disk_ends_the_run_clearly_and_spoils_nothing(forks, straight, tmp_path):

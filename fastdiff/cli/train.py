@@ -114,6 +114,7 @@ def train(
     from fastdiff.nn import UNet
     from fastdiff.train import Objective, TrainConfig, Trainer, load_data
     from fastdiff.train.ranks import Ranks
+    from fastdiff.train.stop import Stopped
     from fastdiff.train.times import times_of
 
     objective = Objective(words.schedule(schedule, timesteps), prediction, variance, loss)
@@ -157,7 +158,11 @@ def train(
         sample_fn=_grid_of(objective, crop, images),
         about={"command": shlex.join(["fastdiff", *sys.argv[1:]])},
     )  # fmt: skip
-    result = trainer.run(dtype=dtypes[dtype])
+    try:
+        result = trainer.run(dtype=dtypes[dtype])
+    except Stopped:  # every process ends after the same step
+        ranks.leave()
+        raise
     if ranks.first:
         typer.echo(
             f"trained {result.steps} steps in {result.seconds:.0f} s "

@@ -90,6 +90,10 @@ class Ranks:
             raise _ERRORS.get(outcome[1], RuntimeError)(outcome[2])
         return outcome[0]
 
+    def meet(self) -> None:
+        """Return when every process has come here."""
+        self.any(False)
+
     def share(self, model: nn.Module) -> None:
         """Overwrite parameters and buffers by those of rank 0."""
         if self.size > 1:

@@ -150,7 +150,8 @@ class Trainer:
             OSError: a checkpoint could not be written; those before it are whole.
             ConnectionError: another process of this run ended.
             Stopped: (a SystemExit, status 143) SIGTERM came; the step was finished, or with several processes
-                those up to the next look at the loss, and there is a checkpoint of it.
+                those up to the next look at the loss, and there is a checkpoint of it. After the last look
+                SIGTERM ends the process as ever, once that checkpoint is written.
         """
         from tqdm import tqdm
 
@@ -159,17 +160,18 @@ class Trainer:
         show = progress and self._ranks.first
         bar = tqdm(total=config.steps, initial=first, unit="step", disable=not show, dynamic_ncols=True)
         feed = Feed(self.data, config, self._cuts, self._device, first)
-        try:
-            # The model's own randomness (dropout) is seeded anew for every step; the caller's is put back.
-            devices = [self._device] if self._device.type == "cuda" else []
-            with torch.random.fork_rng(devices), Stop() as stop:
-                self._loop(log, bar, feed, stop)
-            self._draw_curve(log)
-        finally:
-            feed.close()
-            bar.close()
-            log.close()
-            self.model.train(was_training)
+        with Stop() as stop:
+            try:
+                # The model's own randomness (dropout) is seeded anew for every step; the caller's comes back.
+                devices = [self._device] if self._device.type == "cuda" else []
+                with torch.random.fork_rng(devices):
+                    self._loop(log, bar, feed, stop)
+                self._draw_curve(log)
+            finally:
+                feed.close()
+                bar.close()
+                log.close()
+                self.model.train(was_training)
         savable = hasattr(self.model, "save_pretrained")
         if savable and self._ranks.first:
             for decay in config.ema_decays:
@@ -286,13 +288,15 @@ class Trainer:
             bar.set_postfix(loss=loss, samples_per_s=f"{speed:.0f}", refresh=False)
             pending.clear()
             # Several processes end after the same step: those in the next would wait for the others.
-            stops = self.step < config.steps and self._ranks.any(stop.asked)
+            stops = self._ranks.any(stop.asked)
             if checkpoint or stops:
                 log.sync()
                 self._save_checkpoint()
                 self._draw_curve(log)
             if stops:
                 self._say_stopped()
+                # torchrun kills all as soon as one has ended: none may before rank 0 has written.
+                self._ranks.meet()
                 raise Stopped(STATUS)
             if sample:
                 self._sample()
