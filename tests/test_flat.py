@@ -12,7 +12,7 @@ from torch import nn
 from training_runs import Plain, tiny_data, trainer
 
 from fastdiff.nn import EMA, UNet
-from fastdiff.train import TrainConfig
+from fastdiff.train import TrainConfig, adamw
 from fastdiff.train.adamw import AdamW
 from fastdiff.train.feed import Part
 from fastdiff.train.flat import Flat, FlatEMA
@@ -103,6 +103,24 @@ def test_it_goes_on_bit_for_bit_from_a_state_of_any_strides():
             optimizer.step(0.1)
     for p, q in zip(flat_model.parameters(), other_model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_device_whose_kernel_ignores_the_scale_clips_as_well(monkeypatch):
+    found = []
+    for dividing in (("cpu",), ()):
+        monkeypatch.setattr(adamw, "_DIVIDING", dividing)
+        model, _ = pair()
+        flat = Flat(model)
+        optimizer = AdamW(flat, 0.1)
+        for step in range(3):
+            gradients(model, step)
+            flat.collect()
+            with Operators() as operators:
+                optimizer.step(0.1, torch.tensor(3.0))
+        assert (operators.counts["aten.div_.Tensor"] > 0) == (not dividing)
+        found.append([*model.parameters(), *flat.named_gradients().values()])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_its_average_is_that_of_the_plain_one():

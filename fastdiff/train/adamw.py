@@ -12,6 +12,7 @@ from fastdiff.train.flat import Flat
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8
+_DIVIDING = ("cpu", "cuda")  # the devices whose kernel takes `grad_scale`; that of MPS ignores it
 
 
 class AdamW:
@@ -44,6 +45,10 @@ class AdamW:
             self._cut(active)
         self._counts = [count + is_active for count, is_active in zip(self._counts, active, strict=True)]
         weights, gradients, means, squares, counts = self._pieces
+        if scale is not None and any(g.device.type not in _DIVIDING for g in gradients):
+            for gradient in gradients:
+                gradient.div_(scale.to(gradient.device))
+            scale = None
         adamw(
             weights, gradients, means, squares, [], counts,
             fused=True, grad_scale=scale, found_inf=None, amsgrad=False, maximize=False,
