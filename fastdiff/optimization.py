@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdiff._overlaps import overlapping
 from fastdiff.chain import evaluating
 from fastdiff.ops import group_norm_silu
 
@@ -87,7 +88,8 @@ def optimize(model: nn.Module, example: tuple[Any, ...] | None = None) -> Optimi
     1-D convolutions of at least 65 536 weights change, which is what pays for short signals.
 
     Left alone: layers of other classes (parametrised, quantised, subclasses), grouped convolutions, weights
-    that share memory, that are not float32, or not on the CPU. A second call finds nothing left to do.
+    that share bytes with another tensor of the network, that are not float32, or not on the CPU. One that is
+    a view of a larger piece of memory, as in training, leaves it. A second call finds nothing left to do.
 
     Args:
         model: the network.
@@ -108,7 +110,7 @@ def optimize(model: nn.Module, example: tuple[Any, ...] | None = None) -> Optimi
         raise TypeError(
             f"`example` must be a tuple of what the network is called with, got {type(example).__name__}"
         )
-    shared = _shared(model)
+    shared = overlapping(model)
     by_weight = {id(m.weight): name for name, m in model.named_modules() if _is_candidate(m, shared)}
     modules = {name: m for name, m in model.named_modules() if name in by_weight.values()}
     pairs = {name: m for name, m in model.named_modules() if type(m) is nn.Sequential and _norms(m)}
@@ -173,19 +175,8 @@ def _is_candidate(module: nn.Module, shared: set[int]) -> bool:
         and weight.device.type == "cpu"
         and weight.is_contiguous()
         and not weight.movedim(1, -1).is_contiguous()  # kernel 1: both orders are one
-        and weight.data_ptr() not in shared
-        and weight.untyped_storage().nbytes() == weight.nbytes
+        and id(weight) not in shared
     )
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """The addresses that two different tensors of a network have in common."""
-    seen: dict[int, Tensor] = {}
-    shared = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if seen.setdefault(tensor.data_ptr(), tensor) is not tensor:
-            shared.add(tensor.data_ptr())
-    return shared
 
 
 def _laid(weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room imports rooms of its own layer or below, never in a circle. `kernels` lies under all of them, and the
 # package itself, which names the public API, above.
 LAYERS = {
-    0: "files pictures timing _arguments",
+    0: "files pictures timing _arguments _overlaps",
     1: "schedule spacing levels clip table",
     2: "solvers plots words",
     3: "_gradients _dispatch _losses _norm_direct _norm _step ops nn",

@@ -12,6 +12,7 @@ from torch import nn
 import fastdiff as fd
 from examples.action_unet import ActionUNet
 from fastdiff import optimization
+from fastdiff.train.flat import Flat
 
 _one_thread = pytest.fixture(autouse=True)(one_thread)
 EXAMPLE = torch.randn(2, 16, 7), torch.tensor([3, 700]), torch.randn(2, 20)
@@ -180,12 +181,12 @@ def test_what_is_not_a_plain_float32_convolution_stays():
     parametrised = nn.utils.parametrizations.weight_norm(nn.Conv1d(64, 256, 5))
     tied = nn.Sequential(nn.Conv1d(256, 256, 3), nn.Conv1d(256, 256, 3))
     tied[1].weight.data = tied[0].weight.data
-    flat = nn.Conv1d(256, 256, 3)
-    flat.weight.data = torch.zeros(2 * flat.weight.numel())[: flat.weight.numel()].view_as(flat.weight)
+    over = nn.Conv1d(256, 256, 3)
+    over.register_buffer("part", over.weight.data.view(-1)[100:200])
     others = [
         parametrised,
         tied,
-        flat,
+        over,
         Own(64, 256, 5),
         nn.Conv1d(1024, 1024, 256, groups=1024),
         nn.Conv1d(256, 256, 5).bfloat16(),
@@ -198,6 +199,19 @@ def test_what_is_not_a_plain_float32_convolution_stays():
     same[1].weight = same[0].weight
     assert {change.module for change in fd.optimize(same).changes} == {"1"}
     assert same[1].weight is same[0].weight
+
+
+def test_weights_in_one_piece_of_memory_change_as_others_do_until_their_trainer_goes_on(policy):
+    wanted = fd.optimize(copy.deepcopy(policy)).changes
+    flat = Flat(policy)
+    strides = {name: p.stride() for name, p in policy.named_parameters()}
+    assert fd.optimize(policy).changes == wanted
+    weight = policy.get_parameter(f"{wanted[0].module}.weight")
+    assert not weight.is_contiguous()
+    values = weight.detach().clone()
+    flat.begin()
+    assert {name: p.stride() for name, p in policy.named_parameters()} == strides
+    assert torch.equal(policy.get_parameter(f"{wanted[0].module}.weight"), values)
 
 
 def test_wrong_arguments_are_named():

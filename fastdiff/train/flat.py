@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastdiff._overlaps import overlapping
 from fastdiff.nn import EMA
 
 _ALIGN = 64  # bytes: a cache line, and more than the vectors of compiled code ask for
@@ -58,7 +59,7 @@ class Flat:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names, self.parameters = tuple(trained), list(trained.values())
         self.weights: list[Tensor] = []
-        self._places = self._lay_out(_overlapping(model))
+        self._places = self._lay_out(overlapping(model))
         self._views = [place.view(self.weights) for place in self._places]
         self.gradients, self._gradient_views = self.like()
         self.active = [False] * len(self.parameters)
@@ -192,24 +193,6 @@ class FlatEMA(EMA):
         self._move(self._averages, self._current)
         if self.buffers:
             self._copy_buffers(model)
-
-
-def _overlapping(model: nn.Module) -> set[int]:
-    """The ids of the model's parameters and buffers that share bytes with another of them."""
-    spans = []
-    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
-        if tensor.numel() and tensor.layout is torch.strided:
-            last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-            begin = tensor.data_ptr()
-            spans.append((str(tensor.device), begin, begin + (last + 1) * tensor.element_size(), id(tensor)))
-    found: set[int] = set()
-    furthest = ("", 0, 0, 0)
-    for span in sorted(spans):
-        if span[0] == furthest[0] and span[1] < furthest[2]:
-            found |= {span[3], furthest[3]}
-        if span[0] != furthest[0] or span[2] > furthest[2]:
-            furthest = span
-    return found
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
