@@ -58,6 +58,14 @@ class Flat:
     def __init__(self, model: nn.Module) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names, self.parameters = tuple(trained), list(trained.values())
+        self._all = list(model.parameters())  # one that is unfrozen later gathers no gradient
+        ids = set(map(id, self.parameters))
+        self._slots = [
+            (module._parameters, key, p)
+            for module in model.modules()
+            for key, p in module._parameters.items()
+            if id(p) in ids
+        ]
         self.weights: list[Tensor] = []
         self._places = self._lay_out(overlapping(model))
         self._views = [place.view(self.weights) for place in self._places]
@@ -105,12 +113,22 @@ class Flat:
         """Before the first backward pass of a step: no gradients, and every parameter in its place.
 
         Raises:
-            ValueError: a parameter has been given another shape, type or device.
+            ValueError: a parameter has been replaced, or given another shape, type or device.
         """
-        for p in self.parameters:
-            p.grad = None
+        for holder, key, p in self._slots:
+            if holder.get(key) is not p:
+                name = next(n for n, q in zip(self.names, self.parameters, strict=True) if q is p)
+                raise ValueError(
+                    f"`model` must keep its parameters while it is trained, but {name!r} is another one now,"
+                    " as after an assignment or load_state_dict(assign=True); make another Trainer"
+                )
+        self._clear()
         if any(p.data_ptr() != view.data_ptr() for p, view in zip(self.parameters, self._views, strict=True)):
             self._bind()
+
+    def _clear(self) -> None:
+        for p in self._all:
+            p.grad = None
 
     @torch.no_grad()
     def _bind(self) -> None:
@@ -138,8 +156,7 @@ class Flat:
         views = [view for view, is_active in zip(self._gradient_views, active, strict=True) if is_active]
         if views:
             torch._foreach_copy_(views, [gradient for gradient in found if gradient is not None])
-        for p in self.parameters:
-            p.grad = None
+        self._clear()
 
     def named_gradients(self) -> dict[str, Tensor]:
         """name -> the gradient of the last step, as it was used; parameters without one are left out."""
@@ -152,11 +169,7 @@ class Flat:
         By blocks: on a CPU torch sums a vector of float32 in float32, which leaves the norm of 36 million
         normal numbers 0.2 % too small; that of their blocks' norms is right to 3e-9.
         """
-        norms = []
-        for gradient in self.gradients:
-            rows = gradient[None] if gradient.numel() % _BLOCK else gradient.view(-1, _BLOCK)
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1, dtype=dtype)))
+        norms = [_norm_of(gradient) for gradient in self.gradients]
         if len(norms) == 1:
             return norms[0]
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device).float() for norm in norms]))
@@ -193,6 +206,17 @@ class FlatEMA(EMA):
         self._move(self._averages, self._current)
         if self.buffers:
             self._copy_buffers(model)
+
+
+def _norm_of(vector: Tensor) -> Tensor:
+    """Its 2-norm by blocks of _BLOCK and a rest; see `Flat.norm`."""
+    dtype = torch.promote_types(vector.dtype, torch.float32)
+    count, rest = divmod(vector.numel(), _BLOCK)
+    rows = (vector[: count * _BLOCK] if rest else vector).view(count, _BLOCK)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    if rest:
+        norms = torch.cat((norms, torch.linalg.vector_norm(vector[-rest:], dtype=dtype)[None]))
+    return torch.linalg.vector_norm(norms)
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
