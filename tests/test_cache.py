@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from photos import COLOUR, GREY, damaged, picture
 from PIL import Image
 
 from fastdiff.train import cache, folder, load_data
+from fastdiff.train.mapped import mapped
 
 
 @pytest.mark.parametrize("colour_at", [None, 0, 3])
@@ -81,6 +83,39 @@ def test_a_file_of_bytes_is_mapped_and_read_as_if_it_lay_in_memory(tmp_path, lay
     assert found == expected.fingerprint
     data.images[0] = 0  # never reaches the file
     assert np.array_equal(np.load(tmp_path / "a.npy")[0], whole[0])
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's account of memory")
+def test_a_file_larger_than_memory_and_swap_is_mapped(tmp_path):
+    """Of holes, which take no disk; Linux refuses it where pages that may be changed are set aside."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("this system sets memory aside in any case")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    total = 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("MemTotal", "SwapTotal")))
+    length = 2 * total
+    path = tmp_path / "holes"
+    path.touch()
+    try:
+        os.truncate(path, length)
+    except OSError:
+        pytest.skip("this file system has no files of that size")
+    pictures = mapped(path, np.dtype(np.uint8), (length // 4096 - 1, 1, 64, 64), offset=100)
+    assert not pictures[-1].any()
+    pictures[-1] = 1
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"), [("ENOMEM", r"`ulimit -v`"), ("ENODEV", "file system .* another disk")]
+)
+def test_a_file_that_the_system_cannot_map_is_named_with_the_remedy(tmp_path, monkeypatch, code, remedy):
+    def refuses(*_, **__):
+        raise OSError(getattr(errno, code), "for a reason")
+
+    np.save(tmp_path / "a.npy", np.zeros((3, 1, 4, 4), np.uint8))
+    monkeypatch.setattr("fastdiff.train.mapped.mmap.mmap", refuses)
+    with pytest.raises(ValueError, match=rf"a\.npy' of .* cannot be mapped .*\(for a reason\): .*{remedy}"):
+        load_data(tmp_path / "a.npy")
 
 
 def test_a_file_in_fortran_s_order_is_the_same_data(tmp_path):

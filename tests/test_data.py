@@ -141,6 +141,8 @@ def write_bad_files(d):
     (d / "cut.npz").write_bytes((d / "ok.npz").read_bytes()[:-30])
     (d / "text.npz").write_text("hello")
     (d / "empty.npy").write_bytes(b"")
+    np.save(d / "short.npy", np.zeros((2, 4, 4), np.uint8))
+    (d / "short.npy").write_bytes((d / "short.npy").read_bytes()[:-1])
     (d / "pickle.npy").write_bytes(pickle.dumps(Code()))
     np.save(d / "objects.npy", np.array([Code()], dtype=object), allow_pickle=True)
     np.savez(d / "keys.npz", pictures=np.zeros((2, 4, 4), np.uint8), y=np.zeros(2))
@@ -153,6 +155,7 @@ def write_bad_files(d):
         ("cut.npz", "`source` must be a readable NumPy file .*cut.npz"),
         ("text.npz", "`source` must be a readable NumPy file .*text.npz"),
         ("empty.npy", "`source` must be a readable NumPy file .*empty.npy"),
+        ("short.npy", "short.npy' must hold 160 bytes, got 159: it was cut off"),
         ("pickle.npy", "`source` must be a readable NumPy file .*pickle.npy"),
         ("objects.npy", "`source` must be a readable NumPy file .*objects.npy"),
         ("keys.npz", "`source` must hold `images` or `arr_0`, .*keys.npz' holds pictures, y"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from torch import Tensor
+
+from fastdiff.train.mapped import mapped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,10 +22,10 @@ RESAMPLING = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "arr_0"), ("labels", "arr_1")
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images and labels (or None) of a `.npz` or `.npy` file; nothing in it is executed.
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None, bool]:
+    """Images and labels (or None) of a `.npz` or `.npy` file, and whether they are mapped; it runs no code.
 
-    A `.npy` file is mapped copy-on-write: its pages are read when they are needed, and no change is written.
+    A `.npy` file is mapped: its pages are read when they are needed, and no change is written.
 
     Raises:
         ValueError: the file does not exist, cannot be read, holds pickled objects or no images.
@@ -36,30 +38,42 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         )
     try:
         with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False) if suffix == ".npz" else _mapped(path)
-            if isinstance(loaded, np.ndarray):
-                return loaded, None
-            keys = list(loaded)
-            images = next((loaded[key] for key in _IMAGE_KEYS if key in keys), None)
-            labels = next((loaded[key] for key in _LABEL_KEYS if key in keys), None)
+            if suffix == ".npy":
+                shape, is_fortran, dtype = _header(file)
+                offset = file.tell()
+            else:
+                loaded = np.load(file, allow_pickle=False)
+                keys = list(loaded)
+                images = next((loaded[key] for key in _IMAGE_KEYS if key in keys), None)
+                labels = next((loaded[key] for key in _LABEL_KEYS if key in keys), None)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         # np.load says "pickled" of object arrays and of anything that is no NumPy file at all.
         raise ValueError(
             f"`source` must be a readable NumPy file without Python objects, but {str(path)!r} failed with:"
             f" {error}; write it again with numpy.savez(path, images=..., labels=...)"
         ) from error
+    if suffix == ".npy":
+        array = mapped(path, dtype, shape, offset, "F" if is_fortran else "C")
+        # Of a file in Fortran's order every picture lies all over it.
+        return array if array.flags.c_contiguous else np.array(array, order="C"), None, True
     if images is None:
         raise ValueError(
             f"`source` must hold `images` or `arr_0`, but {str(path)!r} holds {', '.join(keys) or 'nothing'};"
             " write it again with numpy.savez(path, images=..., labels=...)"
         )
-    return images, labels
+    return images, labels, False
 
 
-def _mapped(path: Path) -> np.ndarray:
-    array = open_memmap(path, mode="c")
-    # Of a file in Fortran's order every picture lies all over it.
-    return array if array.flags.c_contiguous else np.array(array, order="C")
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran's order, type) of a `.npy` file, whose bytes begin where it leaves off."""
+    readers = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
+    version = read_magic(file)
+    if version not in readers:  # there is a third, for names of fields beyond Latin-1
+        raise ValueError(f"its header is of version {version}, which is not for numbers")
+    shape, is_fortran, dtype = readers[version](file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    return shape, is_fortran, dtype
 
 
 def as_array(images: Any, name: str) -> np.ndarray:

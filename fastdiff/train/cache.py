@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.files import atomic_path, read_json, write_json
+from fastdiff.train.mapped import mapped
 
 _FORMAT = 1
 
@@ -114,7 +115,7 @@ def decoded(
     shape = tuple(found["shape"])
     if not all(shape):
         return np.empty(shape, np.uint8), found["reasons"]
-    return np.memmap(data, np.uint8, mode="c", shape=shape), found["reasons"]
+    return mapped(data, np.dtype(np.uint8), shape), found["reasons"]
 
 
 def _stamp(path: Path) -> str:

@@ -166,7 +166,8 @@ def load_data(
       grey, else all become RGB. Transparent ones are laid on white, 16 bits scaled to 8, CMYK converted;
       animated ones are refused.
     - `FILE.npz` with `images` or `arr_0` and perhaps `labels` or `arr_1`; `FILE.npy` with images only,
-      whose bytes are not read into memory but mapped: it must not change while it is in use.
+      whose bytes are not read into memory but mapped: it must not change while it is in use. With `holdout`
+      or another `size`, and if it holds numbers that are not bytes, what becomes of it lies in memory.
     - arrays: a tensor or NumPy array of images, or a pair (images, labels) of them, labels may be None.
     - a data set in Python: a torch Dataset, or any iterable that ends, of images, pairs (image, label) or
       dicts with "image" (or "img") and "label"; images are tensors [C, H, W] or [H, W], arrays [H, W, C] or
@@ -222,8 +223,8 @@ def load_data(
         images, labels, names, skipped = read_folder(path, pixels, resample, skip_bad, kept)
         data = ImageData(images, labels, names, skipped=skipped)
     else:
-        is_mapped = path.suffix.lower() == ".npy"
-        data = _from_arrays(*read_npz(path), str(path), **arrays, is_ours=is_mapped)
+        images, labels, is_mapped = read_npz(path)
+        data = _from_arrays(images, labels, str(path), **arrays, is_ours=is_mapped)
     return replace(data, images=resize(data.images, pixels, resample)).split(holdout)
 
 
