@@ -207,9 +207,12 @@ class Dropping(Plain):
 
 
 @pytest.mark.slow
-def test_the_code_of_torch_compile_trains_as_the_eager_network_and_drops_the_same(tmp_path):
-    run(tmp_path / "compiled", replace(CONFIG, compile=True, accumulate=2), Dropping)
-    run(tmp_path / "eager", replace(CONFIG, accumulate=2), Dropping)
+@pytest.mark.parametrize(
+    "make", [Dropping, lambda: network(1, attention_levels=(), dropout=0.2)], ids=["plain", "unet"]
+)
+def test_the_code_of_torch_compile_trains_as_the_eager_network_and_drops_the_same(tmp_path, make):
+    run(tmp_path / "compiled", replace(CONFIG, compile=True, accumulate=2), make)
+    run(tmp_path / "eager", replace(CONFIG, accumulate=2), make)
     for one, two in zip(log(tmp_path / "compiled"), log(tmp_path / "eager"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
