@@ -1,77 +1,7 @@
-// The CPU's fused kernels: noise drawn in registers, one pass over memory. Compiled at first use by kernels/cpu.py, which puts the
-// constants of philox.py, exact.py and layout.py in front, with contraction off: every operation rounds once, as in Triton and NumPy.
-// The formulas stand in philox.py, q_sample.py and denoising_loss.py; vlb.cpp, reverse_step.cpp and group_norm.cpp follow in the same unit. BLOCK elements at a time keep all operands in the first-level cache.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+// The CPU's fused kernels: noise drawn in registers, one pass over memory. Compiled at first use by kernels/cpu.py, behind philox.cpp.
+// The formulas stand in q_sample.py and denoising_loss.py; vlb.cpp, reverse_step.cpp and group_norm.cpp follow in the same unit. BLOCK elements at a time keep all operands in the first-level cache.
 
 namespace {
-
-constexpr int QUADS = 64, BLOCK = 4 * QUADS;
-constexpr int64_t SERIAL = 16384;  // fewer elements than this are not worth waking a thread
-
-inline float as_float(int32_t i) { float f; std::memcpy(&f, &i, 4); return f; }
-inline int32_t as_int(float f) { int32_t i; std::memcpy(&i, &f, 4); return i; }
-
-// -2 ln u of normal numbers 0 < u < 4/3
-inline float minus_two_log(float u) {
-  int32_t bits = as_int(u), e = (int32_t)((uint32_t)bits - MANTISSA_BASE) & EXPONENT_MASK;
-  float f = as_float(bits - e) - 1.0f;
-  float q = LOG[7] * f + LOG[6];
-  for (int k = 5; k >= 0; k--) q = q * f + LOG[k];
-  return q * f + (float)e * LOG_EXPONENT;
-}
-
-inline void box_muller(int quads, const uint32_t* w0, const uint32_t* w1, float* z0, float* z1) {
-  for (int j = 0; j < quads; j++) {
-    float radius = std::sqrt(minus_two_log((float)w0[j] * 0x1p-32f + 0x1p-33f));
-    float v4 = (float)w1[j] * 0x1p-30f, rounded = v4 + ROUNDER;
-    int32_t k = as_int(rounded);
-    float r = v4 - (rounded - ROUNDER), s = r * r;
-    float c = ((COS[3] * s + COS[2]) * s + COS[1]) * s + COS[0];
-    float n = (((SIN[3] * s + SIN[2]) * s + SIN[1]) * s + SIN[0]) * r;
-    bool odd = k & 1;
-    z0[j] = as_float(as_int(odd ? n : c) ^ (int32_t)((uint32_t)((k + 1) & 2) << 30)) * radius;
-    z1[j] = as_float(as_int(odd ? c : n) ^ (int32_t)((uint32_t)(k & 2) << 30)) * radius;
-  }
-}
-
-// z[0..count): the normals of the elements start.. of one sample; start is a multiple of 4
-inline void normals(float* z, int64_t start, int count, int64_t seed, int64_t sample_id, int64_t draw, uint32_t domain) {
-  uint32_t c0[QUADS], c1[QUADS], c2[QUADS], c3[QUADS];
-  float z0[QUADS], z1[QUADS], z2[QUADS], z3[QUADS];
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)((uint64_t)seed >> 32);
-  const int quads = (count + 3) / 4;
-  for (int j = 0; j < quads; j++) {
-    c0[j] = (uint32_t)(start / 4 + j);
-    c1[j] = (uint32_t)draw;
-    c2[j] = (uint32_t)sample_id;
-    c3[j] = domain;
-  }
-  for (int round = 0; round < ROUNDS; round++) {
-    for (int j = 0; j < quads; j++) {
-      uint64_t p0 = (uint64_t)c0[j] * MULTIPLIERS[0], p1 = (uint64_t)c2[j] * MULTIPLIERS[1];
-      c0[j] = (uint32_t)(p1 >> 32) ^ c1[j] ^ k0;
-      c2[j] = (uint32_t)(p0 >> 32) ^ c3[j] ^ k1;
-      c1[j] = (uint32_t)p1;
-      c3[j] = (uint32_t)p0;
-    }
-    k0 += KEY_STEPS[0];
-    k1 += KEY_STEPS[1];
-  }
-  box_muller(quads, c0, c1, z0, z1);
-  box_muller(quads, c2, c3, z2, z3);
-  const int whole = count / 4;
-  for (int j = 0; j < whole; j++) {
-    z[4 * j] = z0[j];
-    z[4 * j + 1] = z1[j];
-    z[4 * j + 2] = z2[j];
-    z[4 * j + 3] = z3[j];
-  }
-  const float* tail[4] = {z0, z1, z2, z3};
-  for (int i = 4 * whole; i < count; i++) z[i] = tail[i - 4 * whole][whole];
-}
 
 struct Reduced { float n, r, q, scale; };  // exp(y) = scale (1 + r + r^2 q), scale = 2^n; y clamped
 

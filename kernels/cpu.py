@@ -25,7 +25,7 @@ from . import _cache
 from ._cpp_constants import constants
 
 _SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp") for name in ("cpu", "vlb", "reverse_step", "group_norm")
+    Path(__file__).with_name(f"{name}.cpp") for name in ("philox", "cpu", "vlb", "reverse_step", "group_norm")
 )
 _OPS = [
     "normal",

@@ -6,7 +6,7 @@
 
 Logarithm, sine and cosine are polynomials of separate multiplications and additions, so that every operation
 is correctly rounded everywhere: NumPy (_philox_numpy.py, which holds the constants), C++ without contraction
-(cpu.cpp), Triton's interpreter, compiled code with `enable_fp_fusion=False`.
+(philox.cpp), Triton's interpreter, compiled code with `enable_fp_fusion=False`.
 
     -2 ln u = -2 ln 2 * e + f Q(f),  u = 2^e (1 + f), 1 + f in [2/3, 4/3)            relative error <= 1.7e-7
     cos, sin(2 pi v) = ± P(r),  r = 4v - round(4v), |r| <= 1/2                                error <= 2.8e-8

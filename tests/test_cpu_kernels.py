@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -23,6 +24,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(cpu, "_thread", None)
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    """Normals of the library that all tests share."""
+    library()
+    return ops.normal((1003,), 7, [2, 5], 0)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +82,12 @@ def test_library_of_another_user_is_not_loaded(
 
 @pytest.mark.parametrize("broken", ["compiler", "missing compiler", "cache"])
 def test_build_that_fails_falls_back_with_one_warning_and_the_same_bits(
-    fresh: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    expected: torch.Tensor,
+    fresh: Path,
+    broken: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = ops.normal((300,), 7, 2, 0) if cpu.library(wait=True) else None
-    monkeypatch.setattr(cpu, "_library", None)
-    monkeypatch.setattr(cpu, "_thread", None)
     if broken == "compiler":
         monkeypatch.setenv("CXX", "false")
     elif broken == "missing compiler":
@@ -88,12 +97,20 @@ def test_build_that_fails_falls_back_with_one_warning_and_the_same_bits(
         (fresh.parent / "file").write_text("no folder")
         monkeypatch.setenv("FASTDIFF_CACHE", str(fresh.parent / "file"))
     assert cpu.library(wait=True) is None
-    got = [ops.normal((300,), 7, 2, 0) for _ in range(2)]
+    got = [ops.normal((1003,), 7, [2, 5], 0) for _ in range(2)]
     assert len(caplog.records) == 1
     assert "NumPy" in caplog.text
-    assert_same_bits(got[0], got[1])
-    if expected is not None:
-        assert_same_bits(got[0], expected)
+    for each in got:
+        assert_same_bits(each, expected)
+
+
+def test_processors_without_wide_vectors_draw_the_same_bits(
+    expected: torch.Tensor, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the loops that stand beside those of AVX-512, compiled here."""
+    monkeypatch.setenv("CXX", shlex.join([*(_cache.compiler() or ()), "-U__AVX512F__"]))
+    assert cpu.library(wait=True) is not None
+    assert_same_bits(ops.normal((1003,), 7, [2, 5], 0), expected)
 
 
 def test_native_zero_neither_builds_nor_loads(
