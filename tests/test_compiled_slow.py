@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,19 +61,18 @@ class Odd(torch.nn.Module):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_compiled_network_is_the_eager_one_and_follows_its_weights(name, caplog):
     net, shape = NETWORKS[name]()
-    given = {"solver": "ddpm", "steps": 10, "shape": shape}
+    given = {"solver": "ddpm", "steps": 10, "shape": shape, "prediction": "v"}  # which divides by no alpha
     labels = {"cond": {"labels": [1, 0, 3]}} if name == "scalar and buffer" else {}
     fast, eager = (fd.Sampler(net, SCHEDULE, compile=compile, **given) for compile in (True, False))
-    # ten rows, the first of which multiplies what the network's rounding was by 158
-    eps = torch.finfo(fast.dtype).eps
-    tolerance = 10 * 158 * eps if eps < 1e-6 else 0.5
+    tolerance = 10 * 3 * torch.finfo(fast.dtype).eps  # ten rows; roundings of outputs of up to 3
     before = fast.sample(3, **labels)
     (plan,) = compiled._plans[net].values()
     assert not [needed for needed in plan._made._needed if ".embedding." in needed], "it comes from a table"
     assert (before - eager.sample(3, **labels)).abs().max() <= tolerance
+    g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=g))
     after = fast.sample(3, **labels)
     assert (after - eager.sample(3, **labels)).abs().max() <= tolerance
     assert not torch.allclose(after, before, atol=0.01)
@@ -125,5 +125,15 @@ print(process.pid)
         [sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(run.stdout), 0)
+    end = time.monotonic() + 10  # whose parent is gone is reaped by another, in its own time
+    while is_there(int(run.stdout)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_there(int(run.stdout))
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
