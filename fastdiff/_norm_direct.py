@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from fastdiff._gradients import only_once
 from fastdiff.kernels import cpu
-from fastdiff.kernels._group_norm_cpu import affine_of, norm_native
+from fastdiff.kernels._group_norm_cpu import affine_of, float32_of, norm_native, v_of
 
 # elements up to which torch's two operators are faster, where a gradient is wanted, and in channels_last (one
 # core of an AVX-512 Xeon; a factor of 0.5 to 0.8 without the first two, at 4 096 elements)
@@ -159,10 +159,10 @@ def lies_last(x: torch.Tensor) -> bool:
 
 def _forward(layout: Any, operands: Operands, mean: Vector, rstd: Vector) -> torch.Tensor:
     x, residual, *vectors, groups, eps, activation = operands
-    v = _v(x, residual)
+    v = v_of(x, residual)
     y = torch.empty_like(v)
     sizes, is_last = layout
-    tensors = (y, mean, rstd, v, *_float32(vectors))
+    tensors = (y, mean, rstd, v, *float32_of(*vectors))
     norm_native(cpu.library(), tensors, sizes, groups, eps, activation, is_last)
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
@@ -192,13 +192,13 @@ class _Differentiable(torch.autograd.Function):
             operands = (grad, *ctx.saved_tensors, ctx.groups, ctx.eps, ctx.activation)
             grad_x, sums = torch.ops.fastdiff.group_norm_silu_backward(*operands)
             return gradients(grad_x, sums, residual, *vectors)
-        v, grad = _v(x, residual), grad.float()
+        v, grad = v_of(x, residual), grad.float()
         if grad.stride() != v.stride():
             grad = torch.empty_like(v).copy_(grad)
         grad_x, sums = torch.empty_like(v), _room(2, *x.shape[:2])
         sizes, is_last = ctx.layout
         options = (ctx.groups, ctx.eps, ctx.activation, is_last)
-        tensors = (None, mean, rstd, v, *_float32(vectors))
+        tensors = (None, mean, rstd, v, *float32_of(*vectors))
         norm_native(cpu.library(), tensors, sizes, *options, backward=(grad, grad_x, sums))
         grad_x = grad_x if grad_x.dtype == x.dtype else grad_x.to(x.dtype)
         return gradients(grad_x, sums, residual, *vectors)
@@ -226,12 +226,3 @@ def gradients(
 def _room(*shape: int) -> torch.Tensor:
     """What the compiled loop writes by its address, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _v(x: torch.Tensor, residual: Vector) -> torch.Tensor:
-    v = x if x.dtype == torch.float32 else x.float()
-    return v if residual is None else v + residual.float()
-
-
-def _float32(vectors: Any) -> list[Vector]:
-    return [a if a is None or a.dtype == torch.float32 else a.float() for a in vectors]

@@ -28,7 +28,7 @@ def group_norm_silu_torch(f: Norm) -> None:
         _forward_eager(f, *affine_of(f.weight, f.bias, f.scale, f.shift))
         return
     y = f.y if f.y.dtype == torch.float32 else torch.empty_like(f.y, dtype=torch.float32)
-    tensors = (y, f.mean, f.rstd, v_of(f), *_own(f))
+    tensors = (y, f.mean, f.rstd, v_of(f.x, f.residual), *float32_of(f.weight, f.bias, f.scale, f.shift))
     norm_native(native, tensors, f.sizes, f.groups, f.eps, f.activation, f.last)
     if y is not f.y:
         f.y.copy_(y)
@@ -55,7 +55,7 @@ def norm_native(
 
 def _forward_eager(f: Norm, gain: torch.Tensor | None, offset: torch.Tensor | None) -> None:
     """torch's own operators; not its group_norm, whose variance cancels in channels_last."""
-    v = v_of(f)
+    v = v_of(f.x, f.residual)
     channels = f.sizes[1]
     by_group = v.unflatten(2, (f.groups, -1)).transpose(1, 2) if f.last else v.unflatten(1, (f.groups, -1))
     var, mean = torch.var_mean(by_group, (2, 3), correction=0)
@@ -78,22 +78,18 @@ def group_norm_silu_backward_torch(f: NormGrad) -> None:
         _backward_eager(f, *affine_of(f.weight, f.bias, f.scale, f.shift))
         return
     grad_x = f.grad_x if f.grad_x.dtype == torch.float32 else torch.empty_like(f.grad_x, dtype=torch.float32)
-    tensors = (None, f.mean, f.rstd, v_of(f), *_own(f))
+    vectors = float32_of(f.weight, f.bias, f.scale, f.shift)
+    tensors = (None, f.mean, f.rstd, v_of(f.x, f.residual), *vectors)
     backward = (f.grad.float(), grad_x, f.sums)
     norm_native(native, tensors, f.sizes, f.groups, f.eps, f.activation, f.last, backward)
     if grad_x is not f.grad_x:
         f.grad_x.copy_(grad_x)
 
 
-def _own(f: Norm | NormGrad) -> list[torch.Tensor | None]:
-    """weight, bias, scale and shift in float32."""
-    return [None if a is None else a.float() for a in (f.weight, f.bias, f.scale, f.shift)]
-
-
 def _backward_eager(f: NormGrad, gain: torch.Tensor | None, offset: torch.Tensor | None) -> None:
     """torch's own operators."""
     channels, positions = f.sizes[1], 1 if f.last else 2
-    v = v_of(f)
+    v = v_of(f.x, f.residual)
     rstd = by_channel(f.rstd, channels, f.last)
     x_hat = (v - by_channel(f.mean, channels, f.last)).mul_(rstd)
     gain, offset = (None if a is None else by_channel(a, channels, f.last) for a in (gain, offset))
@@ -117,9 +113,15 @@ def group_means(f: NormGrad) -> torch.Tensor:
     return weighted.view(2, batch, f.groups, -1).sum(3) / (channels // f.groups * n)
 
 
-def v_of(f: Norm | NormGrad) -> torch.Tensor:
+def v_of(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """x + residual in float32."""
-    return f.x.float() if f.residual is None else f.x.float() + f.residual.float()
+    v = x if x.dtype == torch.float32 else x.float()
+    return v if residual is None else v + residual.float()
+
+
+def float32_of(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The channels' parameters in float32; one that is stays as it is."""
+    return [a if a is None or a.dtype == torch.float32 else a.float() for a in vectors]
 
 
 def affine_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,6 +52,33 @@ def apply(backend: str, kernel: Callable[..., Any], *operands: Any) -> None:
     kernel(*moved)
     for old, new in zip(_tensors(operands), _tensors(moved), strict=True):
         old.copy_(new)
+
+
+def run_on(
+    backend: str, by_torch: Callable[[Any], None], by_triton: Callable[[Any], None], operands: Any
+) -> None:
+    """A kernel's implementation by a named backend; `torch` means without the compiled loop."""
+    if backend == "native":
+        library()
+        by_torch(operands)
+    elif backend == "torch":
+        with mock.patch.object(cpu, "library", return_value=None):
+            by_torch(operands)
+    else:
+        apply(backend, by_triton, operands)
+
+
+def assert_compiles_as_one_graph(step: Callable[[torch.Tensor], torch.Tensor], operand: torch.Tensor) -> None:
+    """`step`'s number and its gradient have the same bits compiled, without a break in the graph."""
+    torch._dynamo.reset()
+    results = []
+    for run_step in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = operand.clone().requires_grad_()
+        loss = run_step(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    for plain, compiled in zip(*results, strict=True):
+        assert_same_bits(plain, compiled)
 
 
 def _moved(operand: Any) -> Any:

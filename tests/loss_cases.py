@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from kernel_cases import apply, library
+from kernel_cases import run_on
 
-from fastdiff.kernels import denoising_loss as module
 from fastdiff.kernels.denoising_loss import Loss, denoising_loss_torch, denoising_loss_triton
 
 LEVELS = 10
@@ -34,14 +32,5 @@ def operands(
     )
 
 
-def run(backend: str, f: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch` means without the compiled loop."""
-    if backend == "native":
-        library()
-        denoising_loss_torch(f)
-    elif backend == "torch":
-        with monkeypatch.context() as m:
-            m.setattr(module.cpu, "library", lambda: None)
-            denoising_loss_torch(f)
-    else:
-        apply(backend, denoising_loss_triton, f)
+def run(backend: str, f: Loss) -> None:
+    run_on(backend, denoising_loss_torch, denoising_loss_triton, f)

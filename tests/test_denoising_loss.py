@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import OTHERS, SIZES, assert_same_bits
+from kernel_cases import OTHERS, SIZES, assert_compiles_as_one_graph, assert_same_bits
 from loss_cases import operands, run
 from torch.library import opcheck
 
@@ -21,12 +21,12 @@ from fastdiff.kernels.denoising_loss import denoising_loss_reference, denoising_
 @pytest.mark.parametrize("kind", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"weighted": True}, {"given_noise": True}], ids=str)
 def test_loss_and_error_are_the_formula_up_to_rounding(
-    backend: str, n: int, kind: int, options: dict, monkeypatch: pytest.MonkeyPatch
+    backend: str, n: int, kind: int, options: dict
 ) -> None:
     f = operands(n, kind, **options)
     exact = f._replace(loss=f.loss.double(), error=f.error.double())
     denoising_loss_reference(exact)
-    run(backend, f, monkeypatch)
+    run(backend, f)
     # a target rounds 3 times at a size of at most |x0| + |z|, and a drawn z is within 1e-6 max(1, |z|)
     weight = torch.ones(4) if f.weight is None else f.weight
     z = f.noise if f.noise is not None else ops.normal((n,), f.seed, f.sample_id, f.draw, domain=2)
@@ -40,44 +40,40 @@ def test_loss_and_error_are_the_formula_up_to_rounding(
 
 @pytest.mark.parametrize("backend", ["native", *OTHERS[2:]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_changes_only_the_casts(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_changes_only_the_casts(backend: str, dtype: torch.dtype) -> None:
     half = operands(63, 2)
     half = half._replace(out=half.out.to(dtype), error=half.error.to(dtype))
     wide = half._replace(out=half.out.float(), error=half.error.float(), loss=half.loss.clone())
-    run(backend, half, monkeypatch)
-    run(backend, wide, monkeypatch)
+    run(backend, half)
+    run(backend, wide)
     assert_same_bits(half.error, wide.error.to(dtype))
     assert_same_bits(half.loss, wide.loss)
 
 
 @pytest.mark.parametrize("backend", ["torch", *OTHERS])
-def test_loss_without_a_gradient_is_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_without_a_gradient_is_the_same(backend: str) -> None:
     f = operands(1823, weighted=True)
     bare = f._replace(error=None, loss=f.loss.clone())
-    run(backend, f, monkeypatch)
-    run(backend, bare, monkeypatch)
+    run(backend, f)
+    run(backend, bare)
     assert_same_bits(bare.loss, f.loss)
 
 
 @pytest.mark.parametrize("backend", ["torch", *OTHERS])
-def test_repeated_runs_give_the_same_bits(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_runs_give_the_same_bits(backend: str) -> None:
     f = operands(20_000, batch=2)
     again = f._replace(loss=f.loss.clone(), error=f.error.clone())
-    run(backend, f, monkeypatch)
-    run(backend, again, monkeypatch)
+    run(backend, f)
+    run(backend, again)
     assert_same_bits(again.loss, f.loss)
     assert_same_bits(again.error, f.error)
 
 
 @pytest.mark.parametrize("backend", ["torch", *OTHERS])
 @pytest.mark.parametrize(("batch", "n"), [(0, 5), (2, 0)])
-def test_empty_operands_have_no_loss(
-    backend: str, batch: int, n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_operands_have_no_loss(backend: str, batch: int, n: int) -> None:
     f = operands(n, batch=batch)
-    run(backend, f, monkeypatch)
+    run(backend, f)
     assert f.loss.tolist() == [0.0] * batch
 
 
@@ -122,15 +118,7 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph() -> None:
     def step(out: torch.Tensor) -> torch.Tensor:
         return ops.denoising_loss(out * 2, f.x0, f.alpha_sigma, f.t, *key, target="v").mean()
 
-    torch._dynamo.reset()
-    results = []
-    for run_step in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        out = f.out.clone().requires_grad_()
-        loss = run_step(out)
-        loss.backward()
-        results.append((loss.detach(), out.grad))
-    for plain, compiled in zip(*results, strict=True):
-        assert_same_bits(plain, compiled)
+    assert_compiles_as_one_graph(step, f.out)
 
 
 def test_gradient_is_not_made_where_nobody_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,15 +184,13 @@ def test_argument_that_breaks_the_contract_is_named(message: str, call: Callable
 
 @pytest.mark.parametrize("backend", ["torch", *OTHERS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_variance_behind_the_prediction_is_not_read(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_variance_behind_the_prediction_is_not_read(backend: str, dtype: torch.dtype) -> None:
     f = operands(63, 2)
     f = f._replace(out=f.out.to(dtype), error=f.error.to(dtype))
     nan = torch.full_like(f.out, float("nan"))
     doubled = f._replace(out=torch.cat([f.out, nan], 1), loss=f.loss.clone(), error=f.error.clone())
     for each in (f, doubled):
-        run(backend, each, monkeypatch)
+        run(backend, each)
     assert_same_bits(doubled.loss, f.loss)
     assert_same_bits(doubled.error, f.error)
     exact = f._replace(loss=f.loss.double(), error=None)

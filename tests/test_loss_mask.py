@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import OTHERS, assert_same_bits
+from kernel_cases import OTHERS, assert_compiles_as_one_graph, assert_same_bits
 from loss_cases import operands, run
 from torch.library import opcheck
 
@@ -51,9 +51,7 @@ def results(f: Loss) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", [1, 2, 3])
 @pytest.mark.parametrize("values", ["bool", "weights", "empty"])
 @pytest.mark.parametrize("n", [1, 63, 256, 1823])
-def test_loss_and_error_are_the_formula_up_to_rounding(
-    backend: str, kind: int, values: str, n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_and_error_are_the_formula_up_to_rounding(backend: str, kind: int, values: str, n: int) -> None:
     f = operands(n, kind, weighted=True, given_noise=True)
     mask = drawn((4, n), values)
     f = masked(f, mask, (4, n))
@@ -64,7 +62,7 @@ def test_loss_and_error_are_the_formula_up_to_rounding(
     loss = f.weight * (error * whole.error).sum(1) / count.clamp(min=1e-9)
     exact = f._replace(error=f.error.double(), loss=f.loss.double(), total=f.total.double())
     for each in (exact, f):
-        run(backend, f, monkeypatch) if each is f else denoising_loss_reference(each)
+        run(backend, f) if each is f else denoising_loss_reference(each)
         size = f.out.abs() + f.x0.abs() + f.noise.abs()
         rounding = 4 * 2**-24 * m * (size + whole.error.abs())
         assert ((each.error - error).abs() <= rounding).all()
@@ -81,14 +79,14 @@ def test_loss_and_error_are_the_formula_up_to_rounding(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("values", ["bool", "weights"])
 def test_mask_of_any_shape_has_the_bits_of_the_whole_one(
-    backend: str, shape: tuple[int, ...], values: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, shape: tuple[int, ...], values: str
 ) -> None:
     f = operands(3 * 8 * 16, 2)
     mask = drawn(shape, values)
     few = masked(f, mask, SHAPE)
     whole = masked(f._replace(loss=f.loss.clone(), error=f.error.clone()), mask.expand(SHAPE).clone(), SHAPE)
     for each in (few, whole):
-        run(backend, each, monkeypatch)
+        run(backend, each)
     if backend == "torch":  # which adds the mask's own numbers up, in float64
         torch.testing.assert_close(few.total, whole.total, rtol=2e-7, atol=0)
         torch.testing.assert_close(few.loss, whole.loss, rtol=4e-7, atol=0)
@@ -100,21 +98,19 @@ def test_mask_of_any_shape_has_the_bits_of_the_whole_one(
 
 @pytest.mark.parametrize("backend", ["native", *OTHERS[2:]])
 @pytest.mark.parametrize("few", [(4, 700, 1), (4, 1, 7), (700, 7)], ids=str)
-def test_repeated_mask_goes_on_from_block_to_block(
-    backend: str, few: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repeated_mask_goes_on_from_block_to_block(backend: str, few: tuple[int, ...]) -> None:
     """Samples of several blocks, which begin within a repetition, and enough of them for threads."""
     shape, threads = (4, 700, 7), torch.get_num_threads()
     f, mask = operands(4900, 2), drawn(few, "weights")
     expected = masked(
         f._replace(loss=f.loss.clone(), error=f.error.clone()), mask.expand(shape).clone(), shape
     )
-    run(backend, expected, monkeypatch)
+    run(backend, expected)
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             each = masked(f._replace(loss=f.loss.clone(), error=f.error.clone()), mask, shape)
-            run(backend, each, monkeypatch)
+            run(backend, each)
             for one, other in zip(results(each), results(expected), strict=True):
                 assert_same_bits(one, other)
     finally:
@@ -134,9 +130,7 @@ def test_mask_is_copied_only_around_a_dimension_of_1_between_others(shape: tuple
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("values", ["bool", "weights", "empty"])
 @pytest.mark.parametrize("shape", [SHAPE, (4, 1, 8, 16)], ids=str)
-def test_what_stands_under_0_does_not_matter(
-    backend: str, values: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_stands_under_0_does_not_matter(backend: str, values: str, shape: tuple[int, ...]) -> None:
     f = operands(3 * 8 * 16, 2, given_noise=True)
     mask = drawn(shape, values)
     hidden = (mask.expand(SHAPE) == 0).flatten(1)
@@ -146,7 +140,7 @@ def test_what_stands_under_0_does_not_matter(
         **{name: getattr(f, name).masked_fill(hidden, float("nan")) for name in ("out", "x0", "noise")},
     )  # fmt: skip
     for each in (clean, dirty):
-        run(backend, each, monkeypatch)
+        run(backend, each)
     for one, other in zip(results(dirty), results(clean), strict=True):
         assert_same_bits(one, other)
     assert (dirty.error[hidden] == 0).all()
@@ -154,11 +148,11 @@ def test_what_stands_under_0_does_not_matter(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mask_of_ones_is_no_mask(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_of_ones_is_no_mask(backend: str) -> None:
     f = operands(1823, 1, weighted=True)
     ones = masked(f._replace(loss=f.loss.clone(), error=f.error.clone()), torch.ones(4, 1823) > 0, (4, 1823))
     for each in (f, ones):
-        run(backend, each, monkeypatch)
+        run(backend, each)
     assert_same_bits(ones.error, f.error)
     assert ones.total.tolist() == [1823.0] * 4
     torch.testing.assert_close(ones.loss, f.loss, rtol=2**-22, atol=0)
@@ -166,26 +160,22 @@ def test_mask_of_ones_is_no_mask(backend: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("backend", ["native", *OTHERS[2:]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_changes_only_the_casts(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_changes_only_the_casts(backend: str, dtype: torch.dtype) -> None:
     half = operands(63, 2)
     half = half._replace(out=half.out.to(dtype), error=half.error.to(dtype))
     half = masked(half, drawn((4, 63), "weights"), (4, 63))
     wide = half._replace(out=half.out.float(), error=half.error.float(), loss=half.loss.clone())
-    run(backend, half, monkeypatch)
-    run(backend, wide, monkeypatch)
+    run(backend, half)
+    run(backend, wide)
     assert_same_bits(half.error, wide.error.to(dtype))
     assert_same_bits(half.loss, wide.loss)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("batch", "n"), [(0, 5), (2, 0)])
-def test_empty_operands_have_no_loss(
-    backend: str, batch: int, n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_operands_have_no_loss(backend: str, batch: int, n: int) -> None:
     f = masked(operands(n, batch=batch), torch.ones(batch, n) > 0, (batch, n))
-    run(backend, f, monkeypatch)
+    run(backend, f)
     assert f.loss.tolist() == f.total.tolist() == [0.0] * batch
     denoising_loss_reference(f)
     assert f.loss.tolist() == f.total.tolist() == [0.0] * batch
@@ -257,15 +247,7 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph(values: str) -> None:
     def step(out: torch.Tensor) -> torch.Tensor:
         return ops.denoising_loss(out * 2, f.x0, *key, target="v", mask=mask).mean()
 
-    torch._dynamo.reset()
-    found = []
-    for run_step in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        out = f.out.clone().requires_grad_()
-        loss = run_step(out)
-        loss.backward()
-        found.append((loss.detach(), out.grad))
-    for plain, compiled in zip(*found, strict=True):
-        assert_same_bits(plain, compiled)
+    assert_compiles_as_one_graph(step, f.out)
 
 
 def test_mask_of_any_strides_gives_the_same_bits() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import OTHERS, SIZES, apply, assert_same_bits, library
+from kernel_cases import OTHERS, SIZES, assert_same_bits, run_on
 
 from fastdiff import ops
-from fastdiff.kernels import q_sample as module
 from fastdiff.kernels.q_sample import Forward, q_sample_reference, q_sample_torch, q_sample_triton
 
 LEVELS = 10
@@ -36,30 +35,19 @@ def own(f: Forward) -> Forward:
     return f._replace(x_t=f.x_t.clone(), target=None if f.target is None else f.target.clone())
 
 
-def run(backend: str, f: Forward, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch` means without the compiled loop."""
-    if backend == "native":
-        library()
-        q_sample_torch(f)
-    elif backend == "torch":
-        with monkeypatch.context() as m:
-            m.setattr(module.cpu, "library", lambda: None)
-            q_sample_torch(f)
-    else:
-        apply(backend, q_sample_triton, f)
+def run(backend: str, f: Forward) -> None:
+    run_on(backend, q_sample_torch, q_sample_triton, f)
 
 
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("kind", range(4))
 @pytest.mark.parametrize("given_noise", [False, True])
-def test_backends_agree_to_the_last_bit(
-    backend: str, n: int, kind: int, given_noise: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backends_agree_to_the_last_bit(backend: str, n: int, kind: int, given_noise: bool) -> None:
     f = forward(n, kind=kind, given_noise=given_noise)
     expected = own(f)
-    run("torch", expected, monkeypatch)
-    run(backend, f, monkeypatch)
+    run("torch", expected)
+    run(backend, f)
     assert_same_bits(f.x_t, expected.x_t)
     if kind:
         assert_same_bits(f.target, expected.target)
@@ -82,20 +70,18 @@ def test_float32_result_is_the_formula_up_to_rounding(kind: int, given_noise: bo
 
 @pytest.mark.parametrize("backend", ["torch", "native", *OTHERS[2:]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_one_cast_of_the_float32_result(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_is_one_cast_of_the_float32_result(backend: str, dtype: torch.dtype) -> None:
     wide = forward(63, kind=2)
     half = own(wide)._replace(x_t=wide.x_t.to(dtype))
-    run("torch", wide, monkeypatch)
-    run(backend, half, monkeypatch)
+    run("torch", wide)
+    run(backend, half)
     assert_same_bits(half.x_t, wide.x_t.to(dtype))
     assert_same_bits(half.target, wide.target)
 
 
 @pytest.mark.parametrize("backend", ["torch", *OTHERS])
-def test_empty_batch_is_no_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(backend, forward(5, batch=0, kind=1), monkeypatch)
+def test_empty_batch_is_no_error(backend: str) -> None:
+    run(backend, forward(5, batch=0, kind=1))
 
 
 def test_times_outside_the_schedule_are_clamped() -> None:

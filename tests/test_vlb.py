@@ -10,7 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from kernel_cases import SIZES, assert_same_bits
+from kernel_cases import SIZES, assert_compiles_as_one_graph, assert_same_bits
 from torch.library import opcheck
 from vlb_cases import BACKENDS, EPS, SCHEDULE, TIMES, copies, operands, run, terms_with_bounds
 
@@ -285,15 +285,7 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph() -> None:
     def step(out: torch.Tensor) -> torch.Tensor:
         return ops.vlb_terms(out=out * 2, **given, detach_mean=True).mean()
 
-    torch._dynamo.reset()
-    results = []
-    for run_step in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = out.clone().requires_grad_()
-        loss = run_step(leaf)
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    for plain, compiled in zip(*results, strict=True):
-        assert_same_bits(plain, compiled)
+    assert_compiles_as_one_graph(step, out)
 
 
 def test_strides_do_not_change_the_operators_bits() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import torch
-from kernel_cases import OTHERS, Rounded, apply, library
+from kernel_cases import OTHERS, Rounded, run_on
 
 from fastdiff.kernels import vlb
 from fastdiff.kernels.vlb import Terms, vlb_terms_torch, vlb_terms_triton
@@ -53,14 +51,7 @@ def copies(f: Terms, dtype: torch.dtype = torch.float32) -> Terms:
 
 
 def run(backend: str, f: Terms) -> None:
-    if backend == "native":
-        library()
-        vlb_terms_torch(f)
-    elif backend == "torch":
-        with mock.patch.object(vlb.cpu, "library", return_value=None):
-            vlb_terms_torch(f)
-    else:
-        apply(backend, vlb_terms_triton, f)
+    run_on(backend, vlb_terms_torch, vlb_terms_triton, f)
 
 
 # A constant, its own rounding included, and what Rounded lacks, with the errors that the kernels state.
