@@ -77,29 +77,35 @@ inline double sum_of(int count, Term term) {
   return total;
 }
 
+// run(task, b, start, count) for each block of elements start.. of each sample b, its number first; threads share them
+template <class Run>
+inline void for_blocks(int64_t batch, int64_t n, int threads, Run run) {
+  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
+  for (int64_t task = 0; task < batch * chunks; task++) {
+    const int64_t start = task % chunks * BLOCK;
+    run(task, task / chunks, start, (int)std::min<int64_t>(BLOCK, n - start));
+  }
+}
+
+inline int64_t level_of(int64_t t, int64_t levels) { return std::min<int64_t>(std::max<int64_t>(t, 0), levels - 1); }
+
 }  // namespace
 
 extern "C" {
 
 void fd_normal(float* z, int64_t batch, int64_t n, const int64_t* seed, const int64_t* sample_id, const int64_t* draw, int64_t domain,
                int threads) {
-  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
-  for (int64_t task = 0; task < batch * chunks; task++) {
-    const int64_t b = task / chunks, start = task % chunks * BLOCK;
-    normals(z + b * n + start, start, (int)std::min<int64_t>(BLOCK, n - start), seed[b], sample_id[b], draw[b], (uint32_t)domain);
-  }
+  for_blocks(batch, n, threads, [=](int64_t, int64_t b, int64_t start, int count) {
+    normals(z + b * n + start, start, count, seed[b], sample_id[b], draw[b], (uint32_t)domain);
+  });
 }
 
 void fd_q_sample(float* x_t, float* target, const float* x0, const float* noise, const float* alpha_sigma, const int64_t* t,
                  const int64_t* seed, const int64_t* sample_id, const int64_t* draw, int64_t batch, int64_t n, int64_t levels, int kind,
                  int threads) {
-  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
-  for (int64_t task = 0; task < batch * chunks; task++) {
-    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
-    const int count = (int)std::min<int64_t>(BLOCK, n - start);
-    const int64_t level = std::min<int64_t>(std::max<int64_t>(t[b], 0), levels - 1);
+  for_blocks(batch, n, threads, [=](int64_t, int64_t b, int64_t start, int count) {
+    const int64_t base = b * n + start, level = level_of(t[b], levels);
     const float alpha = alpha_sigma[2 * level], sigma = alpha_sigma[2 * level + 1];
     float drawn[BLOCK];
     const float *z = noise ? noise + base : drawn, *x = x0 + base;
@@ -107,7 +113,7 @@ void fd_q_sample(float* x_t, float* target, const float* x0, const float* noise,
     float* y = x_t + base;
     for (int i = 0; i < count; i++) y[i] = alpha * x[i] + sigma * z[i];
     if (kind) fill_target(target + base, kind, alpha, sigma, x, z, count);
-  }
+  });
 }
 
 // blocks of a sample of n elements: the sums that fd_denoising_loss leaves for each
@@ -119,12 +125,8 @@ void fd_denoising_loss(double* sums, float* errors, const float* out, const floa
                        const int64_t* t, const int64_t* seed, const int64_t* sample_id, const int64_t* draw, const void* mask,
                        double* totals, int64_t batch, int64_t n, int64_t lane, int64_t levels, int64_t stride, int64_t period,
                        int64_t inner, int wide, int kind, int threads) {
-  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
-  for (int64_t task = 0; task < batch * chunks; task++) {
-    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
-    const int count = (int)std::min<int64_t>(BLOCK, n - start);
-    const int64_t level = std::min<int64_t>(std::max<int64_t>(t[b], 0), levels - 1);
+  for_blocks(batch, n, threads, [=](int64_t task, int64_t b, int64_t start, int count) {
+    const int64_t base = b * n + start, level = level_of(t[b], levels);
     float drawn[BLOCK], error[BLOCK];
     const float* z = noise ? noise + base : drawn;
     if (!noise && kind != 3) normals(drawn, start, count, seed[b], sample_id[b], draw[b], DOMAIN_TRAIN);
@@ -144,7 +146,7 @@ void fd_denoising_loss(double* sums, float* errors, const float* out, const floa
     }
     sums[task] = sum_of(count, [&](int i) { return weighted[i] * error[i]; });
     if (errors) std::copy(weighted, weighted + count, errors + base);
-  }
+  });
 }
 
 }  // extern "C"

@@ -41,18 +41,16 @@ void fd_reverse_step(float* x, float* regs, const void* out, void* u, const floa
                      const int32_t* row, const int64_t* seed, const int64_t* sample_id, const int32_t* cond, const int32_t* uncond,
                      const float* scale, const float* x0_scale, const float* known, const uint8_t* mask, float* preview, int64_t batch,
                      int64_t n, int64_t lane, int64_t rows, int registers, int bfloat16, int threads) {
-  const int64_t chunks = (n + BLOCK - 1) / BLOCK, width = HEAD + (registers + 1) * (registers + 4);
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
-  for (int64_t task = 0; task < batch * chunks; task++) {
-    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
-    const int count = (int)std::min<int64_t>(BLOCK, n - start);
+  const int64_t width = HEAD + (registers + 1) * (registers + 4);
+  for_blocks(batch, n, threads, [=](int64_t, int64_t b, int64_t start, int count) {
+    const int64_t base = b * n + start;
     const int64_t at = row[b] < 0 || row[b] > rows ? rows : row[b];
     const int64_t cond_lane = cond ? cond[b] : b, uncond_lane = uncond ? uncond[b] : -1;
     const float* a = coef + at * width;
     const int32_t *p = plan + at * PLAN_WIDTH, writes = p[WRITES];
     const bool previewed = preview && writes & WRITES_X0;
     const int32_t reads = p[READS] | (previewed ? 1 | READS_OUT | READS_X0 : 0);
-    if (cond_lane < 0 || (reads | writes) == 0) continue;
+    if (cond_lane < 0 || (reads | writes) == 0) return;
     float state[MAX_REGISTERS + 1][BLOCK], guided[BLOCK], x0[BLOCK], z[BLOCK], sum[BLOCK], room[2][BLOCK];
     const float* o = nullptr;
     if (reads & READS_OUT) o = guided_out(out, cond_lane, uncond_lane, scale, b, start, count, lane, bfloat16, room, guided);
@@ -109,7 +107,7 @@ void fd_reverse_step(float* x, float* regs, const void* out, void* u, const floa
         }
       }
     }
-  }
+  });
 }
 
 // scale[b] = 1 / min(max(q, 1), largest), q the quantile of |x0|, for slots whose row thresholds

@@ -47,12 +47,8 @@ extern "C" {
 // sums: [batch, fd_blocks(n)], in nats; out: [batch, lane] with lane = n or 2n; grad_mean, grad_v or null; coef: [levels, VLB_WIDTH]
 void fd_vlb_terms(double* sums, float* grad_mean, float* grad_v, const float* x0, const float* x_t, const float* out, const float* coef,
                   const int64_t* t, int64_t batch, int64_t n, int64_t lane, int64_t levels, int threads) {
-  const int64_t chunks = (n + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (batch * n > SERIAL)
-  for (int64_t task = 0; task < batch * chunks; task++) {
-    const int64_t b = task / chunks, start = task % chunks * BLOCK, base = b * n + start;
-    const int count = (int)std::min<int64_t>(BLOCK, n - start);
-    const int64_t level = std::min<int64_t>(std::max<int64_t>(t[b], 0), levels - 1);
+  for_blocks(batch, n, threads, [=](int64_t task, int64_t b, int64_t start, int count) {
+    const int64_t base = b * n + start, level = level_of(t[b], levels);
     const float* row = coef + level * VLB_WIDTH;
     const float from_x = row[VLB_X0_FROM_X], from_out = row[VLB_X0_FROM_OUT], low = row[VLB_CLIP_LO], high = row[VLB_CLIP_HI];
     const float weight = row[VLB_MEAN_WEIGHT], at_min = row[VLB_GAP_AT_MIN], at_max = row[VLB_GAP_AT_MAX];
@@ -78,7 +74,7 @@ void fd_vlb_terms(double* sums, float* grad_mean, float* grad_v, const float* x0
     const float share = 1.0f / (weight > 1.0f ? weight : 1.0f);
     if (grad_v)
       for (int i = 0; i < count; i++) grad_v[base + i] = by_gap[i] * share;
-  }
+  });
 }
 
 }  // extern "C"
