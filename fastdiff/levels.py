@@ -229,8 +229,10 @@ class NoiseLevels:
         if not (shift > 0 and math.isfinite(shift)):
             raise ValueError(f"`shift` must be positive and finite, got {shift}")
         s = np.linspace(1.0, 0.0, check_count("n", n) + 1)
-        s = shift * s / (1.0 + (shift - 1.0) * s)
-        return cls(time_scale * s, 1.0 - s, s, "flow", None, time_scale)
+        alpha, sigma = 1.0 - s, shift * s
+        total = alpha + sigma  # 1 + (shift - 1) s, and exact at both ends, where that rounds off 1
+        alpha, sigma = alpha / total, sigma / total
+        return cls(time_scale * sigma, alpha, sigma, "flow", None, time_scale)
 
     def __len__(self) -> int:
         """S, the number of steps."""

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from oracles import SCHEDULES, assert_close
 
@@ -86,6 +86,16 @@ def test_flow_levels_lie_on_the_line_and_shift() -> None:
     assert_close(lv.t, 1000 * shifted, 1e-15)
     assert_close(lv.at(3.0), (750.0, 0.25, 0.75), 1e-15)
     assert lv.at(math.inf) == (1000.0, 0.0, 1.0)
+
+
+@given(st.integers(1, 60), st.floats(1e-3, 1e3))
+@example(10, 0.05)  # sigma_0 was 1 - 2^-50: alpha_0 above 0, and coefficients of 1e15
+@example(10, 0.1)  # sigma_0 was 1 + 2^-52: alpha_0 below 0
+def test_any_shift_keeps_both_ends_of_a_flow_exact(n: int, shift: float) -> None:
+    lv = NoiseLevels.flow(n, shift)
+    assert (lv.t[0], lv.alpha[0], lv.sigma[0]) == (1.0, 0.0, 1.0)
+    assert (lv.t[-1], lv.alpha[-1], lv.sigma[-1]) == (0.0, 1.0, 0.0)
+    assert_close(lv.alpha + lv.sigma, np.ones(n + 1), 2.0**-52)
 
 
 def test_karras_levels_are_equally_spaced_in_the_root() -> None:
