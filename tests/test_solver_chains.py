@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from oracles import SCHEDULES, assert_close, shortened, wavy
+from oracles import SCHEDULES, assert_close, shortened
 
 from fastdiff.levels import NoiseLevels
 from fastdiff.solvers import SOLVERS, compile_table
@@ -298,36 +298,6 @@ def test_a_start_without_signal_is_one_first_order_row(solver: str, start: str) 
         assert not table.from_state[1, 0, 1:].any()
         later = compile_table(solver, shortened(full, 1, 10), prediction="v")
         assert_close(table.from_state[1:, 0].sum(axis=1), later.from_state[:, 0].sum(axis=1), 1e-12)
-
-
-FINER = {
-    "ve": NoiseLevels.karras(25, 0.02, 40.0),
-    "vp": NoiseLevels.from_schedule(LINEAR, space_timesteps(1000, 25)),
-}
-
-
-@pytest.mark.parametrize("path", FINER)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_float32_state_is_enough(solver: str, path: str) -> None:
-    """Table, state and noise in float32: 2^-24 for each of some 5 operations in each of 25 to 50 rows."""
-    table = compile_table(solver, FINER[path], prediction="x0")
-    x, z = noisy_start(table.num_rows, table.sigma[0])
-    exact = table.evaluate(lambda u, t: wavy(u, 0.5, 0.5), x, z)
-    narrow = {
-        name: getattr(table, name).astype(np.float32)
-        for name in ("x0_from_x", "x0_from_out", "from_state", "from_x0", "from_noise")
-    }
-    state = [x.astype(np.float32)] + [np.zeros_like(x, np.float32)] * table.registers
-    for r in range(table.num_rows):
-        out = wavy(state[0], 0.5, 0.5).astype(np.float32)
-        x0 = narrow["x0_from_x"][r] * state[0] + narrow["x0_from_out"][r] * out
-        terms = [*state, x0, z[r].astype(np.float32)]
-        coefs = np.concatenate(
-            [narrow["from_state"][r], narrow["from_x0"][r, :, None], narrow["from_noise"][r, :, None]], axis=1
-        )
-        state = [sum(c * term for c, term in zip(line, terms, strict=True)) for line in coefs]
-    assert state[0].dtype == np.float32
-    assert_close(state[0], exact, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 
 from fastdiff.levels import NoiseLevels
-from fastdiff.solvers.forms import Register, Row, X
-from fastdiff.solvers.steps import churned, first_order, noise_in
+from fastdiff.solvers.forms import X0, Register, Row
+from fastdiff.solvers.steps import churned, correction, first_order
 
 
 def dpm_2(
@@ -23,7 +23,8 @@ def dpm_2(
 ) -> Iterator[Row]:
     """x'/alpha' = x/alpha + (sigma_ve' - sigma_ve) eps_mid,   eps_mid at Euler's x at the middle.
 
-    The middle is sqrt(sigma_ve sigma_ve'). The last step, and one that starts at alpha 0, is Euler's.
+    It is Euler's x'/alpha' + (sigma_ve' - sigma_ve) (x0 - x0_mid)/sigma_ve_mid, see `steps.correction`. The
+    middle is sqrt(sigma_ve sigma_ve'). The last step, and one that starts at alpha 0, is Euler's.
 
     Args:
         s_churn, s_tmin, s_tmax, s_noise: fresh noise before each step, see `steps.churned`.
@@ -34,7 +35,7 @@ def dpm_2(
             yield step.row(step.raised(first_order(now, to)))
             continue
         middle = levels.at(math.sqrt(now.sigma_ve * to.sigma_ve))
-        start = Register()
-        yield step.row(first_order(now, middle), save={start: (to.alpha / now.alpha) * X}, ends_step=False)
-        slope = to.alpha * (to.sigma_ve - now.sigma_ve)
-        yield Row(middle, step.raised(start + slope * noise_in(middle)))
+        weight, known = correction(now, to, middle), Register()
+        save = {known: first_order(now, to) + weight * X0}
+        yield step.row(first_order(now, middle), save=save, ends_step=False)
+        yield Row(middle, step.raised(known - weight * X0))

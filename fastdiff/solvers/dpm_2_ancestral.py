@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator
 
 from fastdiff.levels import NoiseLevels
-from fastdiff.solvers.forms import Register, Row, X, Z
-from fastdiff.solvers.steps import ancestral, first_order, noise_in
+from fastdiff.solvers.forms import X0, Register, Row, Z
+from fastdiff.solvers.steps import ancestral, correction, first_order
 
 
 def dpm_2_ancestral(levels: NoiseLevels, *, eta: float = 1.0, s_noise: float = 1.0) -> Iterator[Row]:
     """x' = the midpoint step of `dpm_2` to down, + up z.
 
+    With eta 1 a long step multiplies errors of x0 by sigma_ve/sigma_ve', as its middle lies low.
     A step whose down is 0, and one that starts at alpha 0, is Euler's.
 
     Args:
@@ -30,7 +31,7 @@ def dpm_2_ancestral(levels: NoiseLevels, *, eta: float = 1.0, s_noise: float = 1
             yield Row(now, first_order(now, down) + fresh, exempt=exempt)
             continue
         middle = levels.at(math.sqrt(now.sigma_ve * down.sigma_ve))
-        start = Register()
-        yield Row(now, first_order(now, middle), {start: (to.alpha / now.alpha) * X}, ends_step=False)
-        slope = to.alpha * (down.sigma_ve - now.sigma_ve)
-        yield Row(middle, start + slope * noise_in(middle) + fresh, exempt=exempt)
+        weight, known = correction(now, down, middle), Register()
+        save = {known: first_order(now, down) + weight * X0}
+        yield Row(now, first_order(now, middle), save, ends_step=False)
+        yield Row(middle, known - weight * X0 + fresh, exempt=exempt)

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 
 from fastdiff.levels import NoiseLevels
-from fastdiff.solvers.forms import Register, Row
-from fastdiff.solvers.steps import churned, first_order, noise_in
+from fastdiff.solvers.forms import X0, Register, Row
+from fastdiff.solvers.steps import churned, correction, first_order
 
 
 def heun(
@@ -23,7 +23,8 @@ def heun(
 ) -> Iterator[Row]:
     """x'/alpha' = x/alpha + h/2 (eps + eps'),   h = sigma_ve' - sigma_ve, eps' at Euler's x'.
 
-    The last step, and one that starts at alpha 0, is Euler's.
+    It is Euler's x'/alpha' + h/2 (x0 - x0')/sigma_ve', see `steps.correction`: errors of x0 grow by
+    sigma_ve/(2 sigma_ve') in a long step. The last step, and one that starts at alpha 0, is Euler's.
 
     Args:
         s_churn, s_tmin, s_tmax, s_noise: fresh noise before each step, see `steps.churned`.
@@ -33,8 +34,7 @@ def heun(
         if not (to.sigma and now.alpha):
             yield step.row(step.raised(first_order(now, to)))
             continue
-        half = to.alpha * 0.5 * (to.sigma_ve - now.sigma_ve)
-        known = Register()  # x + h/2 eps, all that the second half needs of the first
-        start = first_order(now, to)
-        yield step.row(start, save={known: start - half * noise_in(now)}, ends_step=False)
-        yield Row(to, step.raised(known + half * noise_in(to)))
+        weight = correction(now, to, to, 0.5)
+        euler, known = first_order(now, to), Register()
+        yield step.row(euler, save={known: euler + weight * X0}, ends_step=False)
+        yield Row(to, step.raised(known - weight * X0))

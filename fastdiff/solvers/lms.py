@@ -15,7 +15,10 @@ from fastdiff.solvers.steps import first_order, lagrange_integrals, multistep, n
 def lms(levels: NoiseLevels, *, order: int = 4) -> Iterator[Row]:
     """x'/alpha' = x/alpha + integral from sigma_ve to sigma_ve' of the polynomial through the last eps.
 
-    The first steps use the history that there is; a start at alpha 0 is Euler's and leaves none.
+    The first steps use the history that there is; a start at alpha 0 is Euler's and leaves none. The last
+    step, to sigma_ve 0, extrapolates like the others: where those before it are much shorter it multiplies
+    errors of x0, float32's and the network's, by some 4 with 50 rows of a Karras path and by 350 with 250
+    (order 6: 8 and 6 500). With many rows take a lower order.
 
     Args:
         order: how many eps the polynomial goes through, 1 to 8; it keeps order - 1 registers.

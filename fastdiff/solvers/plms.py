@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastdiff.levels import NoiseLevels
-from fastdiff.solvers.forms import Register, Row
-from fastdiff.solvers.steps import first_order, multistep, noise_in
+from fastdiff.solvers.forms import X0, Register, Row
+from fastdiff.solvers.steps import correction, first_order, multistep, noise_in
 
 # Of the earlier eps; what is left of 1 is the newest's.
 _ADAMS_BASHFORTH = ((), (-1 / 2,), (-16 / 12, 5 / 12), (-59 / 24, 37 / 24, -9 / 24))
@@ -32,9 +32,9 @@ def plms(levels: NoiseLevels) -> Iterator[Row]:
             weights = [width * weight for weight in _ADAMS_BASHFORTH[len(history)]]
             yield Row(now, multistep(now, to, weights, history), {newest: noise_in(now)})
         else:
-            known, half = Register(), 0.5 * to.alpha * width
-            start = first_order(now, to)
-            save = {newest: noise_in(now), known: start - half * noise_in(now)}
-            yield Row(now, start, save, ends_step=False)
-            yield Row(to, known + half * noise_in(to))
+            weight = correction(now, to, to, 0.5)
+            euler, known = first_order(now, to), Register()
+            save = {newest: noise_in(now), known: euler + weight * X0}
+            yield Row(now, euler, save, ends_step=False)
+            yield Row(to, known - weight * X0)
         history = [newest, *history][:3]

@@ -27,6 +27,15 @@ def first_order(now: Level, to: Level, x0: Form = X0) -> Form:
     return ratio * X + (to.alpha - now.alpha * ratio) * x0
 
 
+def correction(now: Level, to: Level, stage: Level, share: float = 1.0) -> float:
+    """c with c (x0 - x0_stage) = share alpha' (sigma_ve' - sigma_ve) (eps_stage - eps), x_stage Euler's.
+
+    Both eps hold the same x/sigma - x0/sigma_ve and differ by (x0 - x0_stage)/sigma_ve_stage. Written so, a
+    second stage does not take x apart into parts of size sigma_ve, which float32 cannot put together again.
+    """
+    return share * to.alpha * (to.sigma_ve - now.sigma_ve) / stage.sigma_ve
+
+
 def multistep(now: Level, to: Level, weights: Sequence[float], past: Sequence[Form]) -> Form:
     """x'/alpha' = x/alpha + weights * eps, summed over earlier levels and this one.
 
