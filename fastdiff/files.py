@@ -175,10 +175,14 @@ def load_tensors(
         device: where the tensors are put. They own their memory: later changes to the file do not reach them.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, a pickle, or of another format.
+        ValueError: the file is truncated, a pickle, of another format, or no file.
     """
     from safetensors import SafetensorError, safe_open
 
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(
+            f"`path` must be a safetensors file, got {os.fspath(path)!r}, a folder or a device; name a file"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             # The clone leaves the file's mapping, which another program may cut short while it is in use.

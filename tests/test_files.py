@@ -172,6 +172,11 @@ def test_what_is_no_tensor_or_string_is_refused(tmp_path, tensors, metadata):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`path` must be a safetensors file, got .*, a folder or a device"):
+        load_tensors(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, 200, -1])
 def test_a_truncated_file_is_named(tmp_path, keep):
     path = tmp_path / "t.safetensors"
