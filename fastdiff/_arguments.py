@@ -1,11 +1,14 @@
-"""Checks of the operators' arguments, and the noise's key from what users say."""
+"""Checks of arguments, and the noise's key from what users say."""
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -108,6 +111,40 @@ def require(
             f"`{name}` must be {' '.join(wanted)}, got {tensor.dtype} {list(tensor.shape)}{dense_or_not} "
             f"on {tensor.device}{remedy and '; ' + remedy}"
         )
+
+
+_KINDS: dict[str, tuple[str, Any, Callable[[Any], Any]]] = {
+    "bool": ("True or False", bool | np.bool_, bool),
+    "int": ("a whole number", numbers.Integral, int),
+    "float": ("a number", numbers.Real, float),
+    "str": ("a string", str, str),
+}
+
+
+def as_kind(name: str, value: Any, kind: str, default: Any) -> Any:
+    """`value` as Python's own `kind`, one of `_KINDS`: a narrower float rounds all that is computed from it.
+
+    Args:
+        default: named in the message; a float may be infinite if this is, None is no default.
+    Raises:
+        TypeError: another kind of value.
+        ValueError: a float that is no number, or infinite.
+    """
+    words, types, convert = _KINDS[kind]
+    usual = "" if default is None else f", {default!r} by default"
+    if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+        raise TypeError(f"`{name}` must be {words}{usual}, got {value!r} ({type(value).__name__})")
+    found = convert(value)
+    if kind == "float" and not (math.isfinite(found) or found == default):
+        raise ValueError(f"`{name}` must be a finite number{usual}, got {found}")
+    return found
+
+
+def at_least_zero(**values: float) -> None:
+    """Refuse a negative number, with its name."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"`{name}` must be >= 0, got {value}")
 
 
 def _same_shape(wanted: tuple[int | None, ...], shape: torch.Size) -> bool:

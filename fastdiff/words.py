@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastdiff.levels import NoiseLevels
@@ -58,7 +59,7 @@ def levels(kind: str, schedule: NoiseSchedule, steps: str, spacing: str) -> Nois
 
 
 def options(given: Sequence[str]) -> dict[str, Any]:
-    """`order=2`, `solver_type=heun` -> keyword arguments; values are JSON, else text.
+    """`order=2`, `solver_type=heun` -> keyword arguments; values are JSON, numbers or Python, else text.
 
     Raises:
         ValueError: no name, no equals sign or no value.
@@ -68,8 +69,15 @@ def options(given: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ValueError(f"`--option` must be name=value, such as order=2, got {text!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
+        found[name] = _read(value)
     return found
+
+
+def _read(value: str) -> Any:
+    readers: tuple[Callable[[str], Any], ...] = (json.loads, float, ast.literal_eval)  # false, inf, False
+    for reader in readers:
+        try:
+            return reader(value)
+        except (ValueError, SyntaxError):
+            continue
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def test_words_stand_for_schedules_levels_and_options() -> None:
         assert len(words.levels(kind, SCHEDULES["linear"], "7", "ddpm")) == 7
     given = words.options(["order=2", "solver_type=heun", "brownian=false", "eta=0.5"])
     assert given == {"order": 2, "solver_type": "heun", "brownian": False, "eta": 0.5}
+    given = words.options(["s_tmax=inf", "brownian=False", "sigma_data=None", "r=.5", "of=()x"])
+    assert given == {"s_tmax": math.inf, "brownian": False, "sigma_data": None, "r": 0.5, "of": "()x"}
 
 
 @pytest.mark.parametrize(

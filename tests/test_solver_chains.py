@@ -303,10 +303,12 @@ def test_a_start_without_signal_is_one_first_order_row(solver: str, start: str) 
 @pytest.mark.parametrize(
     ("solver", "options", "match"),
     [
-        ("euler", {"s_churn": -1.0}, "`s_churn` and `s_noise` must be >= 0"),
-        ("heun", {"s_noise": -1.0}, "`s_churn` and `s_noise` must be >= 0"),
+        ("euler", {"s_churn": -1.0}, "`s_churn` must be >= 0"),
+        ("heun", {"s_noise": -1.0}, "`s_noise` must be >= 0"),
         ("euler_ancestral", {"eta": -0.1}, "`eta` must be >= 0"),
-        ("dpmpp_2m_sde", {"eta": float("nan")}, "`eta` must be >= 0"),
+        ("euler_ancestral", {"s_noise": -1.0}, "`s_noise` must be >= 0"),
+        ("dpmpp_sde", {"s_noise": -1.0}, "`s_noise` must be >= 0"),
+        ("dpmpp_2m_sde", {"eta": -1.0}, "`eta` must be >= 0"),
         ("dpmpp_3m_sde", {"eta": -1.0}, "`eta` must be >= 0"),
         ("dpmpp_2m_sde", {"solver_type": "euler"}, "`solver_type` must be 'midpoint' or 'heun'"),
         ("dpmpp_sde", {"r": 0.0}, r"`r` must be in \(0, 1\]"),

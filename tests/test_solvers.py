@@ -287,7 +287,9 @@ def saved_twice(levels: NoiseLevels):
         ("ddim", {"clip": 1.0}, ValueError, "`clip`"),
         ("ddim", {"prediction": "edm", "sigma_data": -1.0}, ValueError, "`sigma_data`"),
         (3, {}, ValueError, "must be a function or one of ddpm"),
-        (lambda levels: [], {}, ValueError, "must yield a row for each evaluation"),
+        (lambda levels: [], {}, ValueError, "must yield a Row for each evaluation"),
+        (lambda levels: None, {}, ValueError, "must yield a Row .* got none"),
+        (lambda levels: [1], {}, ValueError, "must yield a Row .* got ints"),
         (never_saved, {}, ValueError, "no earlier row saves"),
         (saved_twice, {}, ValueError, "saves one register in two rows"),
     ],
@@ -307,6 +309,56 @@ def test_no_signal_and_a_noise_prediction_is_an_error_that_names_the_others(pred
     for path in ("flow", "zero_snr"):
         with pytest.raises(ValueError, match="'v' or 'x0'"):
             compile_table("ddim", PATHS[path], prediction=prediction)
+
+
+WRONG = {
+    "float": ["a", None, True, math.nan, [0.5]],
+    "int": [2.5, "2", None, True],
+    "bool": [2, "yes", None],
+    "str": [1, None],
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_option_of_the_wrong_kind_is_named(solver: str) -> None:
+    for option, default in solver_options(solver).items():
+        wrong = WRONG["float" if default is None else type(default).__name__]
+        for value in [value for value in wrong if not (default is value is None)]:
+            with pytest.raises((TypeError, ValueError), match=f"^`{option}` must be .*, got "):
+                compile_table(solver, PATHS["vp"], **{option: value})
+        if isinstance(default, float) or default is None:
+            for value in (math.inf, -math.inf):
+                if value != default:
+                    with pytest.raises(ValueError, match=f"^`{option}` must be a finite number"):
+                        compile_table(solver, PATHS["vp"], **{option: value})
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_numbers_of_numpy_are_taken_at_their_full_width(solver: str) -> None:
+    """np.float32(0.5) is 0.5: not a number that rounds all that is multiplied by it to float32."""
+    narrow = {bool: np.bool_, int: np.int64, float: np.float32}
+    for option, default in solver_options(solver).items():
+        value = 0.5 if default is None or isinstance(default, float) else default
+        cast = narrow.get(type(value), str)(value)
+        assert compile_table(solver, PATHS["vp"], **{option: cast}) == compile_table(
+            solver, PATHS["vp"], **{option: value}
+        )
+
+
+def test_a_solver_of_the_user_s_own_gets_its_options_as_it_annotates_them() -> None:
+    seen = {}
+
+    def mine(levels: NoiseLevels, *, free=1, weight: float = 0.5, until: float | None = None, of=()):
+        seen.update(free=free, weight=weight, until=until, of=of)
+        return (Row(now, to.alpha * X0 + to.sigma * Z) for now, to in levels.steps())
+
+    compile_table(mine, PATHS["ve"], prediction="x0", free=0.25, weight=np.float32(0.25), until=None, of="x")
+    assert seen == {"free": 0.25, "weight": 0.25, "until": None, "of": "x"}
+    assert type(seen["weight"]) is float
+    compile_table(mine, PATHS["ve"], prediction="x0", free="any", until=3)
+    assert seen == {"free": "any", "weight": 0.5, "until": 3.0, "of": ()}
+    with pytest.raises(TypeError, match="`until` must be a number, got 'x'"):
+        compile_table(mine, PATHS["ve"], prediction="x0", until="x")
 
 
 def test_options_of_a_solver_can_be_listed() -> None:

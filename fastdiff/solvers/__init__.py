@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fastdiff._arguments import as_kind
 from fastdiff.clip import Clip
 from fastdiff.levels import NoiseLevels
 from fastdiff.solvers.ddim import ddim
@@ -104,7 +105,7 @@ def compile_table(
         **options: the solver's own; `solver_options` lists them.
     Raises:
         ValueError: an unknown solver, prediction or variance, or values out of range.
-        TypeError: an option that the solver does not have.
+        TypeError: an option that the solver does not have, or that is not what the solver annotates it as.
     """
     function, name = _find(solver)
     if variance not in VARIANCES:
@@ -113,19 +114,18 @@ def compile_table(
         raise TypeError(
             f"`levels` must be NoiseLevels, got {type(levels).__name__}; see NoiseLevels.from_schedule"
         )
-    if sigma_data is not None and prediction != "edm":
-        options["sigma_data"] = sigma_data
-    known = solver_options(function)
-    unknown = [option for option in options if option not in known]
-    if unknown:
-        raise TypeError(
-            f"`{unknown[0]}` is no option of solver {name!r}, which takes {', '.join(known) or 'none'}"
-        )
+    if sigma_data is not None:
+        sigma_data = as_kind("sigma_data", sigma_data, "float", None)
+        if prediction != "edm":
+            options["sigma_data"] = sigma_data
+    options = _checked(function, name, options)
     if "variance" in inspect.signature(function).parameters:
         options["variance"] = variance
-    rows = list(function(levels, **options))
-    if not rows:
-        raise ValueError(f"`solver` must yield a row for each evaluation, got none from {name!r}")
+    made = function(levels, **options)
+    rows = list(made) if isinstance(made, Iterable) else []
+    if not rows or not all(isinstance(row, Row) for row in rows):
+        got = f"{type(rows[0]).__name__}s" if rows else "none"
+        raise ValueError(f"`solver` must yield a Row for each evaluation, got {got} from {name!r}")
     t, alpha, sigma = np.array([row.level for row in rows], np.float64).T
     init_scale = rows[0].init_scale
     if init_scale is None:
@@ -153,6 +153,25 @@ def solver_options(solver: str | Solver) -> dict[str, Any]:
     """The options of a solver and their defaults, `variance` aside."""
     parameters = inspect.signature(_find(solver)[0]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "variance"}
+
+
+def _checked(function: Solver, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the solver's signature annotates them; those without an annotation as they are."""
+    parameters = inspect.signature(function).parameters
+    known = solver_options(function)
+    checked = {}
+    for option, value in options.items():
+        if option not in known:
+            raise TypeError(
+                f"`{option}` is no option of solver {name!r}, which takes {', '.join(known) or 'none'}"
+            )
+        annotation = parameters[option].annotation
+        kind = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        kind, _, none = kind.partition(" | ")
+        if kind in ("bool", "int", "float", "str") and none in ("", "None") and not (none and value is None):
+            value = as_kind(option, value, kind, known[option])
+        checked[option] = value
+    return checked
 
 
 def _find(solver: str | Solver) -> tuple[Solver, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fastdiff._arguments import at_least_zero
 from fastdiff.levels import Level, NoiseLevels
 from fastdiff.solvers.forms import X0, Register, Row, X, Z
 from fastdiff.solvers.steps import first_order, phi
@@ -30,8 +31,7 @@ def dpmpp_2m_sde(
     """
     if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"`solver_type` must be 'midpoint' or 'heun', got {solver_type!r}")
-    if not eta >= 0:
-        raise ValueError(f"`eta` must be >= 0, 0 the ODE, 1 the SDE, got {eta}")
+    at_least_zero(eta=eta, s_noise=s_noise)
     last: tuple[Level, Register] | None = None
     for now, to in levels.steps():
         newest = Register()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fastdiff._arguments import at_least_zero
 from fastdiff.levels import NoiseLevels
 from fastdiff.solvers.forms import X0, Register, Row, X, Z
 from fastdiff.solvers.steps import first_order, phi
@@ -28,8 +29,7 @@ def dpmpp_3m_sde(levels: NoiseLevels, *, eta: float = 1.0, s_noise: float = 1.0)
         eta: 0 is the ODE's solver, 1 the reverse SDE's.
         s_noise: factor of the fresh noise, 1 for the true marginals.
     """
-    if not eta >= 0:
-        raise ValueError(f"`eta` must be >= 0, 0 the ODE, 1 the SDE, got {eta}")
+    at_least_zero(eta=eta, s_noise=s_noise)
     history: list[tuple[float, Register]] = []  # (lam, x0), the newest first
     for now, to in levels.steps():
         if not (now.alpha and to.sigma):

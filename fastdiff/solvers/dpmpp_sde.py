@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fastdiff._arguments import at_least_zero
 from fastdiff.levels import NoiseLevels
 from fastdiff.solvers.forms import X0, Register, Row, X, Z
 from fastdiff.solvers.steps import ancestral, first_order
@@ -31,6 +32,7 @@ def dpmpp_sde(
     """
     if not 0 < r <= 1:
         raise ValueError(f"`r` must be in (0, 1], got {r}")
+    at_least_zero(eta=eta, s_noise=s_noise)
     for now, to in levels.steps():
         down, up = ancestral(now, to, eta)
         exempt = ("noise",) if up and s_noise != 1.0 else ()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastdiff._arguments import at_least_zero
 from fastdiff.levels import Level, NoiseLevels
 from fastdiff.solvers.forms import X0, Form, Row, X, Z
 
@@ -60,8 +61,6 @@ def ancestral(now: Level, to: Level, eta: float) -> tuple[Level, float]:
         The level (t', alpha', alpha' down), and alpha' up.
     Source: k-diffusion's `get_ancestral_step`.
     """
-    if not eta >= 0:
-        raise ValueError(f"`eta` must be >= 0, 0 deterministic, 1 ancestral, got {eta}")
     target, share = to.sigma_ve, to.sigma_ve / now.sigma_ve
     up = min(target, eta * target * math.sqrt(1.0 - share**2))
     down = math.sqrt((target - up) * (target + up))
@@ -106,8 +105,7 @@ def churned(
         s_noise: the fresh noise's standard deviation, 1 for the true marginals.
     Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 2.
     """
-    if not (s_churn >= 0 and s_noise >= 0):
-        raise ValueError(f"`s_churn` and `s_noise` must be >= 0, got {s_churn} and {s_noise}")
+    at_least_zero(s_churn=s_churn, s_noise=s_noise)
     gamma = min(s_churn / len(levels), math.sqrt(2.0) - 1.0)
     starts, ends = levels.levels[:-1], levels.levels[1:]
     rises = [gamma > 0 and level.alpha > 0 and s_tmin <= level.sigma_ve <= s_tmax for level in starts]
