@@ -15,8 +15,15 @@ EXAMPLES = (
     "A table that `SamplingTable.save` wrote: `fastdiff show table --file mine.safetensors --out mine.png`"
 )
 
+# What each picture is made of: the options that it takes, beside --out.
+_SCHEDULE = {"schedule", "timesteps", "zero_snr"}
+_LEVELS = _SCHEDULE | {"steps", "spacing", "levels"}
+_TABLE = _LEVELS | {"solver", "prediction", "variance", "option", "file"}
+_USED = {"schedule": _SCHEDULE, "levels": _LEVELS, "table": _TABLE}
+
 
 def show(
+    context: typer.Context,
     what: Annotated[str, typer.Argument(help="schedule, levels or table.")],
     schedule: Annotated[
         str, typer.Option(help="linear, cosine, scaled_linear, sigmoid; `show schedule`: several, by commas.")
@@ -46,12 +53,13 @@ def show(
     from fastdiff.solvers import compile_table
     from fastdiff.table import SamplingTable
 
-    if what not in ("schedule", "levels", "table"):
+    if what not in _USED:
         raise ValueError(f"`what` must be schedule, levels or table, got {what!r}")
+    _refuse_unused(context, {"file"} if file is not None and what == "table" else _USED[what], what)
     if what == "schedule":
         named = {name: words.schedule(name, timesteps, zero_snr) for name in schedule.split(",")}
         plots.show_schedule(named, out)
-    elif file is not None and what == "table":
+    elif file is not None:
         plots.show_table(SamplingTable.load(file), out)
     else:
         path = words.levels(levels, words.schedule(schedule, timesteps, zero_snr), steps, spacing)
@@ -62,3 +70,21 @@ def show(
             table = compile_table(solver, path, prediction=prediction, variance=variance, **options)
             plots.show_table(table, out)
     typer.echo(f"wrote {out}")
+
+
+def _refuse_unused(context: typer.Context, used: set[str], what: str) -> None:
+    """Refuse an option that was given and would change nothing.
+
+    Raises:
+        ValueError: its name, and what the picture is made of.
+    """
+    given = [
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if unused := [name for name in given if name not in {*used, "what", "out"}]:
+        flags = [f"--{name.replace('_', '-')}" for name in (unused[0], *sorted(used))]
+        raise ValueError(
+            f"`{flags[0]}` does not belong to what is shown, {what} of {', '.join(flags[1:])}; leave it out"
+        )
