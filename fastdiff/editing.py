@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastdiff.levels import Level, NoiseLevels
+from fastdiff.levels import Level
 from fastdiff.solvers.forms import OUT, X0, Form, Register, Row, X, assemble
 from fastdiff.table import SamplingTable
 
@@ -54,11 +54,6 @@ def carries(table: SamplingTable) -> np.ndarray:
         wanted = np.append(True, live[row + 1])
         live[row] = np.any(table.from_state[row][wanted, 1:] != 0, axis=0)
     return np.array([bool(registers.any()) for registers in live[:-1]])
-
-
-def last_levels(levels: NoiseLevels, steps: int) -> NoiseLevels:
-    """The same path from the start of its last `steps` steps."""
-    return replace(levels, **{name: getattr(levels, name)[-steps - 1 :] for name in ("t", "alpha", "sigma")})
 
 
 def last_steps(table: SamplingTable, steps: int) -> SamplingTable | None:

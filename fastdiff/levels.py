@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -254,6 +254,16 @@ class NoiseLevels:
     def steps(self) -> Iterator[tuple[Level, Level]]:
         """Each step's start and end."""
         return pairwise(self.levels)
+
+    def last(self, steps: int) -> NoiseLevels:
+        """The same path from the start of its last `steps` steps: a chain that begins part of the way down.
+
+        Raises:
+            ValueError, TypeError: `steps` is not in 1..S.
+        """
+        if check_count("steps", steps) > len(self):
+            raise ValueError(f"`steps` must be at most the path's {len(self)}, got {steps}")
+        return replace(self, **{name: getattr(self, name)[-steps - 1 :] for name in ("t", "alpha", "sigma")})
 
     def at(self, sigma_ve: float) -> Level:
         """The level of a given sigma/alpha on the same path: a stage between two levels, or a churned one.

@@ -191,7 +191,8 @@ class Sampler:
             x_T: [num, ...] the state at the first level itself.
             init: [num, ...] or one for all, an image to start from part of the way down the chain (SDEdit).
             strength: how much of the chain runs from there, in (0, 1]: its last round(strength * steps)
-                steps, at least 1. A solver with a history is compiled anew from that level.
+                steps, at least 1. A solver with a history is compiled anew from that level; in place of
+                its `table` give one that starts there (`NoiseLevels.last`), and 1.
             known: [num, ...] or one for all, an image of which a part is kept (RePaint).
             mask: where it is kept, 1 or True: [H, W], [num, 1, H, W] or like x. Those pixels come out exact.
             resample: how often each step but the last is run, with forward noise in between, so that the
@@ -288,10 +289,10 @@ class Sampler:
                 if self._compile is None or self._levels is None:
                     raise ValueError(
                         f"`strength` {strength} starts `table` {self.table.name!r} at a step that reads what "
-                        "earlier ones remember; give `schedule` and `solver`, which are compiled from that "
-                        "level, or a table of a solver without a history"
+                        f"earlier ones remember; compile one that starts there, from levels.last({steps}), "
+                        "and give `strength` 1, or use a solver without a history"
                     )
-                table = self._compile(levels=editing.last_levels(self._levels, steps))
+                table = self._compile(levels=self._levels.last(steps))
             return editing.repeated(table, resample)
 
         return self._kept((steps, resample), make)

@@ -347,6 +347,22 @@ def test_a_history_cannot_be_resampled_or_cut(solver: str) -> None:
     with pytest.raises(ValueError, match="`resample` 2 goes back"):
         chain.sample(1, known=PICTURE, mask=LEFT, resample=2)
     own = fd.Sampler(smooth, table=chain.table, shape=SHAPE)
-    with pytest.raises(ValueError, match="compiled from that level"):
+    with pytest.raises(ValueError, match=r"compile one that starts there, from levels\.last\(3\)"):
         own.sample(1, init=PICTURE, strength=0.5)
     own.sample(1, init=PICTURE, strength=1.0)
+
+
+@pytest.mark.parametrize("solver", sorted(HISTORY))
+def test_a_table_of_the_last_levels_is_the_cut_of_a_history(solver: str) -> None:
+    """What the error above advises, which is all that a sampler with a schedule does."""
+    chain = sampler(solver)
+    levels = fd.NoiseLevels.from_schedule(SCHEDULE, fd.space_timesteps(1000, 6)).last(3)
+    cut = fd.Sampler(smooth, table=fd.compile_table(solver, levels, clip=(-1, 1)), shape=SHAPE)
+    wanted = chain.sample(2, seed=3, init=PICTURE, strength=0.5)
+    assert torch.equal(cut.sample(2, seed=3, init=PICTURE, strength=1), wanted)
+    for path in (fd.NoiseLevels.flow(6, shift=3.0), fd.NoiseLevels.karras(6, 0.02, 40.0)):
+        table = fd.compile_table(solver, path.last(3), prediction="v")
+        assert table.sigma[0] == path.sigma[3]
+        assert (
+            fd.Sampler(smooth, table=table, shape=SHAPE).sample(1, init=PICTURE, strength=1).isfinite().all()
+        )

@@ -127,6 +127,17 @@ def test_vp_levels_are_the_linear_schedule_in_the_limit() -> None:
     assert abs(math.log(sigma[1] / LINEAR.sigma_ve[499])) < 5e-3
 
 
+def test_the_last_levels_are_the_end_of_the_path() -> None:
+    path = NoiseLevels.from_schedule(LINEAR, space_timesteps(1000, 8))
+    end = path.last(3)
+    for name in ("t", "alpha", "sigma"):
+        assert getattr(end, name).tolist() == getattr(path, name)[5:].tolist()
+    assert (len(end), end.path, end.schedule) == (3, "vp", LINEAR)
+    flow = NoiseLevels.flow(4, time_scale=1000.0)
+    assert flow.last(2).at(1.0) == flow.at(1.0)
+    assert flow.last(4).alpha.tolist() == flow.alpha.tolist()
+
+
 def test_levels_are_immutable() -> None:
     lv = NoiseLevels.flow(3)
     with pytest.raises(ValueError, match="read-only"):
@@ -222,6 +233,9 @@ def test_every_spacing_makes_ascending_times_in_range(total: int, data: st.DataO
         (lambda: NoiseLevels.vp(3, eps_s=2.0), ValueError, "`eps_s`"),
         (lambda: NoiseLevels.flow(3, shift=0.0), ValueError, "`shift`"),
         (lambda: NoiseLevels.flow(3).at(-1.0), ValueError, "`sigma_ve` must be >= 0"),
+        (lambda: NoiseLevels.flow(3).last(0), ValueError, "`steps` must be at least 1"),
+        (lambda: NoiseLevels.flow(3).last(4), ValueError, "`steps` must be at most the path's 3, got 4"),
+        (lambda: NoiseLevels.flow(3).last(1.5), TypeError, "`steps` must be an integer"),
         (lambda: NoiseLevels([1.0], [1.0], [0.0]), ValueError, r"\[S\+1\] with S >= 1"),
         (lambda: NoiseLevels([1, 0], [1, 1], [1, 0.1]), ValueError, "must be the clean end"),
         (lambda: NoiseLevels([2, 1, 0], [0, 0, 1], [1, 1, 0]), ValueError, "must fall strictly"),
