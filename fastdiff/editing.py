@@ -183,7 +183,8 @@ def inverted(table: SamplingTable, iterations: int = 1) -> SamplingTable:
     Returns:
         A table whose rows run from the clean end to the first level.
     Raises:
-        ValueError: a solver that adds noise or keeps a history, or `iterations` below 1.
+        ValueError: a solver that adds noise or keeps a history, a step without signal before it and without
+            noise after it, or `iterations` below 1.
     Source: Song et al. 2020 (arXiv 2010.02502), sec. 4.3; Pan et al. 2023 (arXiv 2309.04907), the iteration.
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
@@ -198,6 +199,11 @@ def inverted(table: SamplingTable, iterations: int = 1) -> SamplingTable:
                 f"only a deterministic solver without a history can be inverted, and {table.name!r} {why}; "
                 'use solver="ddim" with eta 0, "euler", "heun" or "dpm_2"'
             )
+    if any(table.alpha[first] == table.sigma[last + 1] == 0 for first, last in steps):
+        raise ValueError(
+            f"{table.name!r} cannot be inverted: its one step, from pure noise to the sample, keeps nothing "
+            "of x; take more steps"
+        )
     rows: list[Row] = []
     order: list[int] = []
     for first, last in reversed(steps):

@@ -83,6 +83,17 @@ def test_what_cannot_be_inverted_says_why(solver: str) -> None:
         sampler(solver).invert(torch.zeros(1, *SHAPE))
 
 
+@pytest.mark.parametrize(
+    "levels", [fd.NoiseLevels.flow(1), fd.NoiseLevels.from_schedule(SCHEDULES["zero_snr"], [999])]
+)
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+@pytest.mark.filterwarnings("error")
+def test_one_step_from_pure_noise_keeps_nothing_to_invert(solver: str, levels: fd.NoiseLevels) -> None:
+    table = fd.compile_table(solver, levels, prediction="v")
+    with pytest.raises(ValueError, match=f"{solver}.* keeps nothing of x; take more steps"):
+        editing.inverted(table)
+
+
 def test_slerp_runs_on_the_great_circle() -> None:
     a, b = normals(3, 0, 0), normals(3, 1, 0)
     assert torch.equal(fd.slerp(a, b, 0.0), a)
