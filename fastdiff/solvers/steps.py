@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdiff._arguments import at_least_zero
 from fastdiff.levels import Level, NoiseLevels
-from fastdiff.solvers.forms import X0, Form, Row, X, Z
+from fastdiff.solvers.forms import X0, Form, Register, Row, X, Z
 
 
 def noise_in(level: Level) -> Form:
@@ -37,7 +37,7 @@ def correction(now: Level, to: Level, stage: Level, share: float = 1.0) -> float
     return share * to.alpha * (to.sigma_ve - now.sigma_ve) / stage.sigma_ve
 
 
-def multistep(now: Level, to: Level, weights: Sequence[float], past: Sequence[Form]) -> Form:
+def multistep(now: Level, to: Level, weights: Sequence[float], past: Sequence[Register]) -> Form:
     """x'/alpha' = x/alpha + weights * eps, summed over earlier levels and this one.
 
     It is written as a correction of the first-order step, so that the parts of size sigma_ve, which cancel,
@@ -46,10 +46,8 @@ def multistep(now: Level, to: Level, weights: Sequence[float], past: Sequence[Fo
     Args:
         weights: of the eps in `past`; what they leave of sigma_ve' - sigma_ve is this level's.
     """
-    x = first_order(now, to)
-    for weight, eps in zip(weights, past, strict=True):
-        x = x + (to.alpha * weight) * (eps - noise_in(now))
-    return x
+    x = first_order(now, to) - (to.alpha * sum(weights)) * noise_in(now)
+    return x + Form({eps: to.alpha * weight for weight, eps in zip(weights, past, strict=True)})
 
 
 def ancestral(now: Level, to: Level, eta: float) -> tuple[Level, float]:
@@ -152,18 +150,15 @@ def lagrange_integrals(
     Gauss-Legendre in the variable that runs from 0 to 1 over the step: monomials in the unscaled one cancel.
 
     Args:
+        nodes: none inside (0, 1).
         points: quadrature points; exact for polynomials below degree 2 * points.
     """
-    quadrature = _gauss_legendre(points)
-    if weight is not None:
-        quadrature = [(w, share * weight(w)) for w, share in quadrature]
+    quadrature = [
+        (w, share * (weight(w) if weight else 1.0) * math.prod([w - node for node in nodes]))
+        for w, share in _gauss_legendre(points)
+    ]
     integrals = []
-    for j, node in enumerate(nodes):
-        others = [*nodes[:j], *nodes[j + 1 :]]
-        total = 0.0
-        for w, value in quadrature:
-            for other in others:
-                value *= w - other
-            total += value
-        integrals.append(total / math.prod(node - other for other in others))
+    for node in nodes:
+        scale = math.prod([node - other for other in nodes if other != node])
+        integrals.append(sum([value / (w - node) for w, value in quadrature]) / scale)
     return integrals
