@@ -5,7 +5,6 @@ Source: Zhang & Chen 2022 (arXiv 2204.13902), tAB-DEIS in its log rho variant.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from fastdiff.levels import NoiseLevels
@@ -31,11 +30,7 @@ def deis(levels: NoiseLevels, *, order: int = 3) -> Iterator[Row]:
             continue
         width = now.lam - to.lam  # of log rho; d rho = rho d(log rho)
         nodes = [0.0, *((log_rho + now.lam) / width for log_rho, _ in history)]
-        weights = [now.sigma_ve * width * value for value in _integrals(nodes, width)]
+        weights = [now.sigma_ve * width * value for value in lagrange_integrals(nodes, 16, width)]
         newest = Register()
         yield Row(now, multistep(now, to, weights[1:], [eps for _, eps in history]), {newest: noise_in(now)})
         history = [(-now.lam, newest), *history][: order - 1]
-
-
-def _integrals(nodes: list[float], width: float) -> list[float]:
-    return lagrange_integrals(nodes, 16, lambda w: math.exp(w * width))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -142,19 +142,17 @@ def _gauss_legendre(points: int) -> list[tuple[float, float]]:
     return list(zip((0.5 * (nodes + 1.0)).tolist(), (0.5 * weights).tolist(), strict=True))
 
 
-def lagrange_integrals(
-    nodes: Sequence[float], points: int, weight: Callable[[float], float] | None = None
-) -> list[float]:
-    """integral over [0, 1] of L_j(w) weight(w), for the Lagrange polynomials L_j of the nodes.
+def lagrange_integrals(nodes: Sequence[float], points: int, rate: float = 0.0) -> list[float]:
+    """integral over [0, 1] of L_j(w) exp(rate w), for the Lagrange polynomials L_j of the nodes.
 
     Gauss-Legendre in the variable that runs from 0 to 1 over the step: monomials in the unscaled one cancel.
 
     Args:
         nodes: none inside (0, 1).
-        points: quadrature points; exact for polynomials below degree 2 * points.
+        points: quadrature points; exact for polynomials below degree 2 * points, where the rate is 0.
     """
     quadrature = [
-        (w, share * (weight(w) if weight else 1.0) * math.prod([w - node for node in nodes]))
+        (w, share * math.exp(rate * w) * math.prod([w - node for node in nodes]))
         for w, share in _gauss_legendre(points)
     ]
     integrals = []
