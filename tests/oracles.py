@@ -35,18 +35,22 @@ def shortened(levels: NoiseLevels, first: int, stop: int) -> NoiseLevels:
     return NoiseLevels(t, alpha, sigma, levels.path, levels.schedule, levels.time_scale)
 
 
-def push_gaussian(table: SamplingTable, mean: float, std: float) -> tuple[float, float]:
+def push_gaussian(
+    table: SamplingTable, mean: float, std: float, *, consistent: bool = False
+) -> tuple[float, float]:
     """Mean and standard deviation of a table's samples for data N(mean, std^2), without sampling.
 
     The exact network is x0_hat = E[x0 | x] = mean + g (x - alpha mean), with
-    g = alpha std^2 / (alpha^2 std^2 + sigma^2). The chain starts from the true marginal at its first level.
+    g = alpha std^2 / (alpha^2 std^2 + sigma^2); the exact consistency model, which follows the flow to its
+    end, has g = std / sqrt(alpha^2 std^2 + sigma^2). The chain starts from the true marginal at level 0.
     """
     size = table.registers + 1
     m, p = np.zeros(size), np.zeros((size, size))
     m[0], p[0, 0] = table.alpha[0] * mean, (table.alpha[0] * std) ** 2 + table.sigma[0] ** 2
     for r in range(table.num_rows):
         alpha, sigma = table.alpha[r], table.sigma[r]
-        gain = alpha * std**2 / ((alpha * std) ** 2 + sigma**2)
+        spread = np.hypot(alpha * std, sigma)
+        gain = std / spread if consistent else alpha * (std / spread) ** 2
         x0 = np.array([gain, mean * (1.0 - gain * alpha)])  # x0_hat = x0[0] x + x0[1]
         matrix = table.from_state[r].copy()
         matrix[:, 0] += table.from_x0[r] * x0[0]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from oracles import SCHEDULES, push_gaussian
+from oracles import SCHEDULES, assert_close, push_gaussian
 
 from fastdiff.levels import NoiseLevels
-from fastdiff.solvers import compile_table
+from fastdiff.solvers import SOLVERS, compile_table
+from fastdiff.solvers.steps import lagrange_integrals
+from fastdiff.spacing import space_timesteps
 from fastdiff.table import SamplingTable
 
 STD = 0.4
@@ -49,6 +52,7 @@ ORDERS = [
     ("lms", {"order": 3}, 3),
     ("lms", {"order": 4}, 4),
     ("deis", {"order": 2}, 2),
+    ("deis", {"order": 3}, 3),
     ("deis", {"order": 4}, 4),
     ("unipc", {"order": 1}, 2),  # the corrector adds one order
     ("unipc", {"order": 2}, 3),
@@ -59,9 +63,11 @@ ORDERS = [
 @pytest.mark.parametrize(("solver", "options", "order"), ORDERS)
 def test_order_of_convergence(solver: str, options: dict, order: int) -> None:
     # From sigma_ve 3000 on, the first, lower-order steps of a multistep solver meet a constant x0_hat.
+    # deis-3's leading error is odd in log sigma_ve about STD and cancels in a path that runs far beyond.
+    end = STD if (solver, order) == ("deis", 3) else 0.05
     errors = []
     for n in (200, 400):
-        levels = NoiseLevels.exponential(n, 0.05, 3000.0)
+        levels = NoiseLevels.exponential(n, end, 3000.0)
         errors.append(flow_error(compile_table(solver, levels, **options)))
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.2, f"errors {errors}"
 
@@ -97,9 +103,49 @@ def test_weak_order_of_convergence(solver: str, options: dict, order: int) -> No
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.25, f"errors {errors}"
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "heun", "dpmpp_2m_sde", "unipc", "plms"])
-def test_gaussian_data_comes_out_of_the_schedule_s_own_steps(solver: str) -> None:
-    table = compile_table(solver, NoiseLevels.from_schedule(SCHEDULES["cosine"], range(0, 1000, 10)))
-    mean, std = push_gaussian(table, -0.7, STD)
-    assert abs(mean + 0.7) < 1e-10
-    assert abs(std / STD - 1.0) < 0.06
+GAUSSIAN_PATHS = {
+    "linear": lambda n: NoiseLevels.from_schedule(SCHEDULES["linear"], space_timesteps(1000, n)),
+    "cosine": lambda n: NoiseLevels.from_schedule(SCHEDULES["cosine"], space_timesteps(1000, n)),
+    "ve": lambda n: NoiseLevels.karras(n, 0.002, 80.0),
+    "flow": lambda n: NoiseLevels.flow(n),
+}
+FIRST_ORDER = {"ddpm", "ddim", "euler", "euler_ancestral"}
+
+
+@pytest.mark.parametrize("path", GAUSSIAN_PATHS)
+@pytest.mark.parametrize("solver", sorted(SOLVERS.keys() - {"lcm"}))
+def test_gaussian_data_comes_out_of_every_solver_on_every_path(solver: str, path: str) -> None:
+    errors = []
+    for n in (25, 400):
+        table = compile_table(solver, GAUSSIAN_PATHS[path](n), prediction="v")
+        mean, std = push_gaussian(table, -0.7, STD)
+        assert abs(mean + 0.7) < 1e-12  # x0_hat - mean vanishes at x = alpha mean
+        errors.append(abs(std / STD - 1.0))
+    assert errors[1] < (0.025 if solver in FIRST_ORDER else 0.0075), errors
+    # 16 times as many steps; plms, whose weights are those of equal steps, has a change of sign in between
+    assert errors[1] < (errors[0] if (solver, path) == ("plms", "linear") else errors[0] / 9.0), errors
+
+
+@pytest.mark.parametrize("path", GAUSSIAN_PATHS)
+def test_gaussian_data_comes_exactly_out_of_lcm_with_a_consistency_model(path: str) -> None:
+    """At any number of steps; of E[x0 | x] it would keep the spread of neither the data nor the level."""
+    for n in (1, 4, 25):
+        table = compile_table("lcm", GAUSSIAN_PATHS[path](n), prediction="v")
+        mean, std = push_gaussian(table, -0.7, STD, consistent=True)
+        assert abs(mean + 0.7) < 1e-12
+        assert abs(std - STD) < 1e-12
+
+
+@pytest.mark.parametrize("order", range(1, 9))
+def test_weights_of_a_multistep_are_the_polynomial_s_integrals(order: int) -> None:
+    """Against the same polynomials in rational numbers, whose coefficients cancel in floating point."""
+    nodes = [0.0, *(-np.cumsum(np.random.default_rng(order).uniform(0.1, 3.0, order - 1))).tolist()]
+    exact = []
+    for j, node in enumerate(map(Fraction, nodes)):
+        polynomial = [Fraction(1)]  # coefficients, the constant first
+        for other in map(Fraction, [*nodes[:j], *nodes[j + 1 :]]):
+            shifted = [Fraction(0), *polynomial]
+            scaled = [*(other * c for c in polynomial), Fraction(0)]
+            polynomial = [(a - b) / (node - other) for a, b in zip(shifted, scaled, strict=True)]
+        exact.append(float(sum(c / (k + 1) for k, c in enumerate(polynomial))))
+    assert_close(lagrange_integrals(nodes, order // 2 + 1), exact, 1e-14)
