@@ -202,7 +202,7 @@ def inverted(table: SamplingTable, iterations: int = 1) -> SamplingTable:
     if any(table.alpha[first] == table.sigma[last + 1] == 0 for first, last in steps):
         raise ValueError(
             f"{table.name!r} cannot be inverted: its one step, from pure noise to the sample, keeps nothing "
-            "of x; take more steps"
+            "of x; take more steps of a deterministic solver without a history"
         )
     rows: list[Row] = []
     order: list[int] = []
