@@ -326,9 +326,9 @@ def test_show_draws_a_saved_table(tmp_path):
         (["schedule", "--steps", "12"], "`--steps` does not belong"),
         (["levels", "--file", "mine.safetensors"], "`--file` does not belong"),
         (["table", "--file", "mine.safetensors", "--solver", "ddim"], "`--solver` does not belong"),
-        (["table", "--option", "eta=abc"], "must be a number, 0.0 by default, got 'abc'"),
+        (["table", "--option", "eta=abc"], "`eta` must be a number, 0.0 by default, got 'abc'"),
         (["table", "--solver", "lms", "--option", "order=2.5"], "`order` must be a whole number"),
-        (["table", "--file", "."], "got '.', a folder or a device; name a file"),
+        (["table", "--file", "."], "`--file` must be a safetensors file, got '.', a folder"),
     ],
 )
 def test_a_mistake_in_show_is_one_line_and_draws_nothing(tmp_path, monkeypatch, arguments, named):

@@ -7,6 +7,7 @@ runs, so that `--help` answers at once. A library's error becomes one line that 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -33,13 +34,14 @@ def main() -> None:
 
 def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
     """A user's mistake, a full disk, a missing file: one line on stderr and status 2, no traceback."""
+    takes = {name.replace("_", "-") for name in inspect.signature(command).parameters}
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
         except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-            typer.secho(f"fastdiff: {_as_options(str(error))}", fg="red", err=True)
+            typer.secho(f"fastdiff: {_as_options(str(error), takes)}", fg="red", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             typer.secho("fastdiff: stopped; a training goes on with --resume", fg="red", err=True)
@@ -63,11 +65,11 @@ _OPTIONS = {
 }  # fmt: skip
 
 
-def _as_options(message: str) -> str:
-    """A library's message with its arguments in backticks named as the options that they come from."""
+def _as_options(message: str, takes: set[str]) -> str:
+    """A library's message with its arguments in backticks named as options, where the command has them."""
 
     def option(found: re.Match[str]) -> str:
-        return f"`--{_OPTIONS[found[1]]}`" if found[1] in _OPTIONS else found[0]
+        return f"`--{name}`" if (name := _OPTIONS.get(found[1])) in takes else found[0]
 
     return re.sub(r"`([a-z_=A-Z]+)`", option, message)
 

@@ -60,7 +60,11 @@ def show(
         named = {name: words.schedule(name, timesteps, zero_snr) for name in schedule.split(",")}
         plots.show_schedule(named, out)
     elif file is not None:
-        plots.show_table(SamplingTable.load(file), out)
+        try:
+            table = SamplingTable.load(file)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`path`", "`--file`")) from error
+        plots.show_table(table, out)
     else:
         path = words.levels(levels, words.schedule(schedule, timesteps, zero_snr), steps, spacing)
         if what == "levels":
