@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_close
 
-from fastdiff.adapters.basis import CHANNELS, WIDTH, Basis, Numbers, Refused, Tape
+from fastdiff.adapters.basis import CHANNELS, WIDTH, Basis, Refused, Tape
 from fastdiff.adapters.brownian import BrownianPath
 from fastdiff.adapters.observable import reduce_registers
+from fastdiff.adapters.recording import Numbers
 
 SHAPE = (1, CHANNELS, 1, WIDTH)
 
@@ -67,6 +68,13 @@ def test_linear_code_is_followed_whatever_its_operations(change, tape, x_and_out
         (lambda x, out: out / x, "is not linear"),
         (lambda x, out: torch.maximum(x, out), "`maximum` is not linear"),
         (lambda x, out: torch.addcmul(x, x, out), "`addcmul` is not linear"),
+        (lambda x, out: torch.nn.functional.threshold(x, -8.0, -8.0), "threshold` is not linear"),
+        (lambda x, out: torch.nn.functional.threshold(x, -1e10, 0.0), "threshold` is not linear"),
+        (lambda x, out: torch.nn.functional.hardshrink(x, 1e-9), "`hardshrink` is not linear"),
+        (lambda x, out: torch.nn.functional.hardshrink(x, 1e9), "`hardshrink` is not linear"),
+        (lambda x, out: torch.renorm(x, 2, 0, 1e3), "`renorm` is not linear"),
+        (lambda x, out: x.max(), "`max` is not linear"),
+        (lambda x, out: torch.clamp(x, -1, 1, out=torch.zeros(SHAPE).double()), "into a buffer"),
         (lambda x, out: torch.where(x > 0, x, out), "`gt` is not linear|`__gt__`"),
         (lambda x, out: x.add_(1.0), "adds a constant"),
         (lambda x, out: x.item(), "`item` reads the values"),
@@ -134,6 +142,63 @@ def test_a_clamp_is_x0_once(tape, x_and_out):
     assert tape.epochs[0].clipped == (1.0, -1.0, (-1.0, 1.0))
     with pytest.raises(Refused, match="something else than one x0"), tape:
         x.clamp(-1, 1)
+
+
+BOUND = torch.tensor(6.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "clamp",
+    [
+        lambda v: torch.minimum(torch.maximum(v, -BOUND), BOUND),
+        lambda v: torch.maximum(-BOUND, torch.minimum(BOUND, v)),
+        lambda v: torch.max(torch.min(v, other=BOUND), -BOUND),
+        lambda v: v.fmin(BOUND).fmax(-BOUND),
+        lambda v: v.clamp(min=-6).clamp(max=6.0),
+        lambda v: v.clone().clamp_min_(-6).clamp_max_(max=6),
+        lambda v: torch.clip(input=v, min=-6, max=6),
+        lambda v: torch.nn.functional.hardtanh(v, -6, 6),
+        lambda v: torch.nn.functional.hardtanh(v.clone(), -6.0, 6.0, inplace=True),
+    ],
+)
+def test_a_clamp_is_read_however_it_is_written(clamp, tape, x_and_out):
+    x, out = x_and_out
+    with tape:
+        result = clamp(x - 2 * out) + x
+        assert terms(tape, result) == {"x0": 1.0, "x": 1.0}
+        tape.evaluate(result)
+    assert tape.epochs[0].clipped == (1.0, -2.0, (-6.0, 6.0))
+
+
+def test_half_a_clamp_is_no_state(tape, x_and_out):
+    x, out = x_and_out
+    with tape:
+        half = torch.maximum(x, -BOUND)
+        with pytest.raises(Refused, match="one lower and one upper bound"):
+            tape.evaluate(half + out)
+        with pytest.raises(Refused, match="something else than one x0"):
+            torch.minimum(half + out, BOUND)
+        with pytest.raises(Refused, match="something else than one x0 to one range"):
+            out.clamp(min=-1)
+        tape.evaluate(out)
+        with pytest.raises(Refused, match="one lower and one upper bound"):
+            half + out
+
+
+def test_a_draw_belongs_to_the_row_whose_state_it_enters(tape):
+    """Whenever it was made, and whatever was made of it before; afterwards it is remembered like the rest."""
+    x = tape.unit("x")
+    with tape:
+        first, second = torch.randn_like(x), 3 * torch.randn_like(x)
+        out = tape.evaluate(x)
+        made = 2 * first + second  # in a row that does not use it
+        tape.evaluate(out - x)
+        entered = made + out
+        assert set(terms(tape, entered)) >= {("z", 0), ("z", 1)}
+        tape.evaluate(entered)
+        result = first - second
+    assert [len(epoch.saved) for epoch in tape.epochs] == [1, 2, 0]  # out; then the two draws
+    assert sorted(terms(tape, result).values()) == [-3.0, 1.0]
 
 
 def test_the_variance_channels_are_a_number():

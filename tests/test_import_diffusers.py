@@ -213,6 +213,8 @@ class Odd(schedulers.DDIMScheduler):
         (lambda x, out: x + torch.rand_like(x), "draws with `rand_like`"),
         (lambda x, out: x + torch.randn(1, dtype=torch.float64), r"noise of shape \[1\]"),
         (lambda x, out: x.clamp(min=0.0), "one lower and one upper bound"),
+        (lambda x, out: torch.fmin(x, torch.tensor(8.0)), "one lower and one upper bound"),
+        (lambda x, out: torch.nn.functional.threshold(x, -8.0, -8.0), "threshold` is not linear"),
         (lambda x, out: x * float("inf"), "not finite"),
         (lambda x, out: x.long().double(), "`long` is not linear"),
         (lambda x, out: x.to(torch.int32).double(), "cast to torch.int32"),
@@ -296,6 +298,41 @@ def test_other_threads_see_nothing_of_an_import():
     stop.set()
     thread.join()
     assert seen == {torch.Tensor, None}
+
+
+def test_a_step_that_writes_into_the_sample_is_imported():
+    class InPlace(schedulers.DDIMScheduler):
+        def step(self, model_output, timestep, sample, eta=0.0):
+            result = super().step(model_output, timestep, sample, eta)
+            result.prev_sample = sample.copy_(result.prev_sample)
+            return result
+
+    ours, theirs = (import_scheduler(c(clip_sample=False), 5, eta=1.0) for c in (InPlace, InPlace.__base__))
+    assert np.array_equal(ours.from_x0, theirs.from_x0)
+    assert np.array_equal(ours.from_noise, theirs.from_noise)
+
+
+class Sneaky(schedulers.DDIMScheduler):
+    """Its step does not see a basis: only the comparison on numbers can tell that it is not linear."""
+
+    def step(self, model_output, timestep, sample, **kwargs):
+        result = super().step(model_output, timestep, sample)
+        with torch._C.DisableTorchFunction():
+            if type(sample) is torch.Tensor:
+                result.prev_sample = self.then(result.prev_sample)
+        return result
+
+
+@pytest.mark.parametrize(
+    "then", [lambda x: x.clamp(-100, 100), lambda x: torch.nn.functional.hardshrink(x, 1e-4)]
+)
+def test_the_comparison_on_numbers_sees_bounds_far_out_and_far_in(then):
+    sneaky = Sneaky(clip_sample=False)
+    sneaky.then = lambda x: x
+    import_scheduler(sneaky, 4)
+    sneaky.then = then
+    with pytest.raises(ValueError, match="on random numbers it takes another step"):
+        import_scheduler(sneaky, 4)
 
 
 def test_importing_50_rows_takes_less_than_a_second():

@@ -9,13 +9,22 @@ import sys
 import types
 import warnings
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from oracles import assert_close
+from pasted_samplers import (
+    ancestral,
+    clipped,
+    euler,
+    heun,
+    in_place,
+    noise_first,
+    two_noises,
+    two_steps,
+)
 
 import fastdiff as fd
 from fastdiff.adapters.brownian import BrownianPath
@@ -23,77 +32,6 @@ from fastdiff.adapters.k_diffusion import import_sampler
 from fastdiff.table import SamplingTable
 
 SIGMAS = torch.cat([torch.logspace(1.3, -1.7, 9, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
-
-
-def churned(x, sigma, s_churn, s_noise, steps):
-    """x with noise added up to sigma * (1 + gamma), and that level."""
-    gamma = min(s_churn / steps, math.sqrt(2) - 1)
-    above = sigma * (gamma + 1)
-    if gamma > 0:
-        x = x + torch.randn_like(x) * s_noise * (above**2 - sigma**2).sqrt()
-    return x, above
-
-
-def euler(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0.0, s_noise=1.0):
-    for i in range(len(sigmas) - 1):
-        x, sigma = churned(x, sigmas[i], s_churn, s_noise, len(sigmas) - 1)
-        x0 = model(x, sigma * x.new_ones([x.shape[0]]), **extra_args)
-        callback({"x": x, "i": i, "denoised": x0})
-        x = x + (x - x0) / sigma * (sigmas[i + 1] - sigma)
-    return x
-
-
-def heun(model, x, sigmas, extra_args=None, callback=None, disable=None, s_churn=0.0, s_noise=1.0):
-    for i in range(len(sigmas) - 1):
-        x, sigma = churned(x, sigmas[i], s_churn, s_noise, len(sigmas) - 1)
-        slope = (x - model(x, sigma)) / sigma
-        callback({"i": i})
-        ahead = x + slope * (sigmas[i + 1] - sigma)
-        if sigmas[i + 1] > 0:
-            slope = (slope + (ahead - model(ahead, sigmas[i + 1])) / sigmas[i + 1]) / 2
-        x = x + slope * (sigmas[i + 1] - sigma)
-    return x
-
-
-def ancestral(model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, noise_sampler=None):
-    for i in range(len(sigmas) - 1):
-        now, to = sigmas[i], sigmas[i + 1]
-        up = min(to, eta * (to**2 * (now**2 - to**2) / now**2) ** 0.5)
-        x0 = model(x, now)
-        x = x0 + (x - x0) * (to**2 - up**2) ** 0.5 / now
-        if to > 0:
-            x = x + noise_sampler(now, to) * up
-    return x
-
-
-def two_steps(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Second order from the last two x0, in log sigma; sums in place."""
-    old, h_old = None, None
-    for i in range(len(sigmas) - 1):
-        x0, h = model(x, sigmas[i]), (sigmas[i] / sigmas[i + 1]).log()
-        guess = x0.clone()
-        if old is not None and sigmas[i + 1] > 0:
-            guess += (x0 - old) * (h / (2 * h_old))
-        x = guess + (sigmas[i + 1] / sigmas[i]) * (x - guess)
-        old, h_old = x0, h
-    return x
-
-
-def clipped(model, x, sigmas, **_):
-    for now, to in pairwise(sigmas):
-        x0 = model(x, now).clamp(-1, 1)
-        x = x0 + (x - x0) * (to / now)
-    return x
-
-
-def two_noises(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Two draws that always come in one proportion are one noise."""
-    for now, to in pairwise(sigmas):
-        x = model(x, now)
-        if to > 0:
-            x = x + 0.6 * to * torch.randn_like(x)
-            x = x + 0.8 * to * torch.randn(x.shape, dtype=x.dtype)
-    return x
 
 
 class Noise:
@@ -109,7 +47,7 @@ class Noise:
 
     def draw(self, shape):
         z = self.normal(tuple(shape), generator=self.generator, dtype=torch.float64)
-        self.rows[-1].append(z)
+        self.rows[-1].append(z.clone())
         return z
 
     def model(self, x, sigma, **_):
@@ -145,6 +83,7 @@ def compare(sample_fn, table: SamplingTable, monkeypatch, merge=lambda draws: dr
         (ancestral, 0, 9, {"eta": 0.5}),
         (two_steps, 1, 9, {}),
         (clipped, 0, 9, {}),
+        (in_place, 0, 9, {}),
     ],
 )
 def test_a_users_sampler_is_its_table(sample_fn, registers, rows, options, monkeypatch):
@@ -164,6 +103,16 @@ def test_noise_in_one_proportion_is_one_noise(monkeypatch):
     table = import_sampler(two_noises, SIGMAS)
     assert_close(table.from_noise[:-1, 0], SIGMAS[1:-1], 1e-15)
     compare(two_noises, table, monkeypatch, merge=lambda draws: 0.6 * draws[0] + 0.8 * draws[1])
+
+
+def test_noise_that_is_drawn_before_the_network_is_called_is_that_rows_own(monkeypatch):
+    table = import_sampler(noise_first, SIGMAS)
+    assert (table.registers, table.num_rows) == (0, 9)
+    assert_close(table.from_noise[:, 0], SIGMAS[1:], 1e-15)
+    noise = Noise(monkeypatch)
+    x = SIGMAS[0] * noise.normal((2, 3, 4), dtype=torch.float64, generator=noise.generator)
+    result = noise_first(noise.model, x, SIGMAS)
+    assert_close(table.evaluate(denoiser, x, [draws[0] for draws in noise.rows[:-1]]), result, 1e-12)
 
 
 def test_churn_before_the_first_evaluation_is_the_initial_level():
@@ -225,11 +174,9 @@ def keeps_the_start(model, x, sigmas, **_):
 
 
 def independent(model, x, sigmas, **_):
-    kept = torch.randn_like(x)
-    x = model(x, sigmas[0]) + torch.randn_like(x)
-    first = model(x, sigmas[1])
-    kept, other = torch.randn_like(x), torch.randn_like(x)
-    return model(first + other, sigmas[2]) + kept
+    first = model(x, sigmas[0])
+    one, other = torch.randn_like(x), torch.randn_like(x)
+    return model(first + other + one, sigmas[1]) + one
 
 
 @pytest.mark.parametrize(

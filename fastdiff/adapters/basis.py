@@ -4,7 +4,7 @@ Every tensor that depends on the state is a `Basis`: its last axis holds coordin
 that is linear in the state cannot tell the difference, and what comes out of it *is* the row. A `Tape`
 watches every operation: it hands out the noise and the clipped x0 as new symbols, gives each tensor that
 outlives an evaluation of the network a `Register` when it is read again, and refuses by name what is not
-linear. `Numbers` replays the same code on real numbers with noise that is known, to compare.
+linear.
 """
 
 from __future__ import annotations
@@ -47,18 +47,19 @@ class Epoch:
     """What happens from one evaluation of the network to the next; coordinates are over `symbols`.
 
     Attributes:
-        symbols: the coordinates' meaning: "x", "out", "x0", ("z", k) for the k-th draw, or a `Register`.
+        symbols: the coordinates' meaning: "x", "out", "x0", ("z", k) for the sampler's k-th draw, a
+            `Register`, or "half", an x0 that is clipped to one side and waits for the other.
         x: [WIDTH] the network's next input (or the result), by its coordinates.
         saved: register -> coordinates of what it remembers from here on.
         clipped: (x0_from_x, x0_from_out, clip) of the x0 that was clipped, or None.
-        draws: how often noise was drawn.
+        half: the same of one that waits, with an infinite end.
     """
 
     symbols: list[Any] = field(default_factory=lambda: ["x", "out"])
     x: np.ndarray | None = None
     saved: dict[Register, np.ndarray] = field(default_factory=dict)
     clipped: tuple[float, float, Clip] | None = None
-    draws: int = 0
+    half: tuple[float, float, tuple[float, float]] | None = None
 
 
 class Tape(TorchFunctionMode):
@@ -71,6 +72,7 @@ class Tape(TorchFunctionMode):
     Attributes:
         epochs: one for each evaluation of the network.
         start: the epoch before the first evaluation.
+        draws: how often noise was drawn.
         rounds: whether the code rounds the state to less than float64.
     """
 
@@ -80,7 +82,9 @@ class Tape(TorchFunctionMode):
         self.learned = learned
         self.epochs: list[Epoch] = []
         self.start = Epoch()
+        self.draws = 0
         self.rounds = False
+        self._homes: dict[int, int] = {}  # the k-th draw -> the epoch at whose end it entered the state x
         self._registers: dict[tuple[int, bytes], Register] = {}
         self._fresh: dict[int, tuple[Basis, torch.Tensor]] = {}  # earlier epochs' tensors, read in this one
 
@@ -91,7 +95,10 @@ class Tape(TorchFunctionMode):
 
     @property
     def now(self) -> Epoch:
-        return self.epochs[-1] if self.epochs else self.start
+        return self._epoch(self.epoch)
+
+    def _epoch(self, index: int) -> Epoch:
+        return self.epochs[index] if index >= 0 else self.start
 
     def unit(self, symbol: Any) -> Basis:
         """The state [1, C, 1, WIDTH] that is one symbol of this epoch."""
@@ -117,17 +124,34 @@ class Tape(TorchFunctionMode):
             return self._basis(coords)
 
     def clip(self, x0: Any, clip: Clip, name: str = "thresholding") -> Basis:
-        """An x0 that the code clips, by the operation of this name, is a new symbol from here on."""
+        """An x0 that the code clips, by the operation of this name, is a new symbol from here on.
+
+        With one end infinite it is one that only a clip to the other side may use.
+        """
         coords = self.coordinates(x0)
-        clipped = (float(coords[0]), float(coords[1]), clip)
-        if coords[2:].any() or self.now.clipped not in (None, clipped):
+        half = self.now.half
+        if half and isinstance(clip, tuple) and (coords == self.coordinates(self.unit("half"))).all():
+            px, po, (low, high) = half
+            clip = (max(low, clip[0]), min(high, clip[1]))
+        elif not coords[2:].any():
+            px, po = float(coords[0]), float(coords[1])
+        else:
             self.refuse(f"`{name}` clips something else than one x0 made of x and the network's output")
-        self.now.clipped = clipped
-        return self.unit("x0")
+        whole = not isinstance(clip, tuple) or np.isfinite(clip).all()
+        kept, symbol = ("clipped", "x0") if whole else ("half", "half")
+        if getattr(self.now, kept) not in (None, (px, po, clip)):
+            self.refuse(f"`{name}` clips something else than one x0 to one range")
+        setattr(self.now, kept, (px, po, clip))
+        return self.unit(symbol)
 
     def close(self, x: Any) -> None:
         """x ends this epoch: it goes into the network next, or is the result."""
         self.now.x = self.coordinates(x)
+        self._require_both_bounds(self.now, self.now.x)
+        for slot in np.flatnonzero(self.now.x[: len(self.now.symbols)]):
+            symbol = self.now.symbols[slot]
+            if isinstance(symbol, tuple):
+                self._homes.setdefault(symbol[1], self.epoch)
 
     def coordinates(self, x: Any) -> np.ndarray:
         """[WIDTH] coordinates of a state in this epoch's basis."""
@@ -169,8 +193,10 @@ class Tape(TorchFunctionMode):
                 return answer
         if name in ops.READS_VALUES:
             self.refuse(f"`{name}` reads the values of the state, on which its next operations may depend")
-        if name in ops.CLAMPS:
-            return self._clip(name, args, kwargs)
+        bounds = ops.bounds(name, args, kwargs, Basis)
+        if bounds is not None:
+            inplace = ops.writes_in_place(name) or kwargs.get("inplace", False)
+            return self._clip(name, *bounds, inplace)
         if name in ops.CASTS:
             return self._cast(func, args, kwargs)
         return self._apply(func, name, args, kwargs, tainted)
@@ -200,25 +226,8 @@ class Tape(TorchFunctionMode):
             return
         if name in ops.SCALING and len(tainted) == 1 and (isinstance(args[0], Basis) or "div" not in name):
             return
-        generator = torch.Generator().manual_seed(0)
-
-        def drawn() -> dict[int, torch.Tensor]:
-            return {id(t): torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in tainted}
-
-        def results(values: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-            given, named = ops.changed((args, kwargs), Basis, lambda tensor: values[id(tensor)].clone())
-            result = func(*given, **named)
-            kept = given[0] if ops.writes_in_place(name) else result
-            return [leaf for leaf in ops.leaves(kept) if isinstance(leaf, torch.Tensor)]
-
-        a, b = drawn(), drawn()
-        both = results({key: 1.7 * a[key] - 0.6 * b[key] for key in a})
-        for of_a, of_b, of_both in zip(results(a), results(b), both, strict=True):
-            linear = of_both.is_floating_point() and torch.allclose(
-                of_both, 1.7 * of_a - 0.6 * of_b, rtol=1e-9, atol=1e-9
-            )
-            if not linear:
-                self.refuse(f"`{name}` is not linear in the state")
+        if not ops.acts_linearly(func, name, args, kwargs, Basis):
+            self.refuse(f"`{name}` is not linear in the state")
 
     def _result(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What an operation returned, as part of the basis."""
@@ -247,7 +256,7 @@ class Tape(TorchFunctionMode):
         symbols = self.now.symbols
         if symbol not in symbols:
             if len(symbols) == LEARNED:
-                self.refuse(f"it reads more than {LEARNED} tensors of earlier evaluations")
+                self.refuse(f"it reads more than {LEARNED} draws, and tensors of earlier evaluations")
             symbols.append(symbol)
         return symbols.index(symbol)
 
@@ -266,10 +275,12 @@ class Tape(TorchFunctionMode):
 
     def _read(self, epoch: int, coords: np.ndarray) -> np.ndarray:
         """What had these coordinates in an earlier epoch, in this one's basis."""
-        result = np.zeros(WIDTH)
+        then = self._epoch(epoch)
+        self._require_both_bounds(then, coords)
+        result, coords = self._read_draws(epoch, then.symbols, coords)
         if not coords.any():
             return result
-        x = self.epochs[epoch].x if epoch >= 0 else self.start.x
+        x = then.x
         assert x is not None
         factor = 1.0 if epoch >= 0 else float(coords @ x / (x @ x))
         if np.allclose(coords, factor * x, rtol=0.0 if epoch >= 0 else 1e-14, atol=0.0):
@@ -278,22 +289,48 @@ class Tape(TorchFunctionMode):
         elif epoch == -1:
             self.refuse(
                 "it reads a state of before the first evaluation that never went into the network (such as x "
-                "before noise was added to it), and registers start at 0"
+                "before noise was added to it), and registers start at 0; start it from what the network sees"
             )
         if epoch == self.epoch:
-            return coords
+            return result + coords
         register = self._registers.setdefault((epoch, coords.tobytes()), Register())
         self.epochs[epoch].saved[register] = coords.copy()
         result[self._slot(register)] = 1.0
         return result
+
+    def _read_draws(
+        self, epoch: int, symbols: list[Any], coords: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The draws that did not enter the state in that epoch, and the coordinates without them.
+
+        A draw belongs to the row in which it enters the state, whenever before that it was made.
+        """
+        result, rest = np.zeros(WIDTH), coords.copy()
+        for slot in np.flatnonzero(coords[: len(symbols)]):
+            symbol = symbols[slot]
+            home = self._homes.get(symbol[1], self.epoch) if isinstance(symbol, tuple) else epoch
+            if home == epoch:
+                continue
+            rest[slot] = 0.0
+            if home == self.epoch:
+                result[self._slot(symbol)] += coords[slot]
+            else:
+                unit = np.zeros(WIDTH)
+                unit[self._epoch(home).symbols.index(symbol)] = 1.0
+                result += coords[slot] * self._read(home, unit)
+        return result, rest
+
+    def _require_both_bounds(self, epoch: Epoch, coords: np.ndarray) -> None:
+        if "half" in epoch.symbols and coords[epoch.symbols.index("half")]:
+            self.refuse("it clips x0 to one bound, and a table's clip has one lower and one upper bound")
 
     def _draw(self, args: Any, kwargs: Any) -> Basis:
         shape, dtype = ops.shape_and_dtype(args, kwargs)
         if shape != _STATE:
             self.refuse(f"it draws noise of shape {list(shape)}, which is not the state's")
         self.rounds |= dtype != torch.float64
-        self.now.draws += 1
-        return self.unit(("z", self.now.draws - 1))
+        self.draws += 1
+        return self.unit(("z", self.draws - 1))
 
     def _cast(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A cast keeps its exact coordinates: the table is not to inherit somebody's rounding."""
@@ -306,55 +343,18 @@ class Tape(TorchFunctionMode):
         self.rounds |= dtype != torch.float64
         return self._basis(coords.clone())
 
-    def _clip(self, name: str, args: Any, kwargs: Any) -> Basis:
+    def _clip(self, name: str, value: Any, low: Any, high: Any, inplace: bool) -> Basis:
         """Clipping makes a new symbol, x0."""
-        low, high = (
-            kwargs.get(key, args[i] if len(args) > i else None) for i, key in ((1, "min"), (2, "max"))
-        )
-        if not isinstance(args[0], Basis) or isinstance(low, Basis) or isinstance(high, Basis):
+        if not isinstance(value, Basis) or isinstance(low, Basis) or isinstance(high, Basis):
             self.refuse(f"`{name}` clips to bounds that depend on the state")
-        if low is None or high is None or torch.as_tensor(low).numel() * torch.as_tensor(high).numel() != 1:
+        if any(torch.as_tensor(bound).numel() != 1 for bound in (low, high) if bound is not None):
             self.refuse(f"`{name}` has not one lower and one upper bound, and a table's clip is one range")
-        x0 = self.clip(args[0], (float(low), float(high)), name)
-        if not ops.writes_in_place(name):
+        clip = (-np.inf if low is None else float(low), np.inf if high is None else float(high))
+        x0 = self.clip(value, clip, name)
+        if not inplace:
             return x0
-        self._overwrite(args[0], x0)
-        return args[0]
-
-
-class Numbers(TorchFunctionMode):
-    """Replays a sampler on real numbers: every normal it draws comes from here and is kept.
-
-    Args:
-        scale: of what is drawn; a linear sampler cannot tell.
-    Attributes:
-        draws: [evaluations + 1] lists of float64 normals, the first list of before the first evaluation.
-    """
-
-    def __init__(self, seed: int = 0, scale: float = 1.0) -> None:
-        super().__init__()
-        self.draws: list[list[torch.Tensor]] = [[]]
-        self._scale = scale
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, shape: Any) -> torch.Tensor:
-        """Float64 normals of scale 1 that do not count as a draw."""
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
-
-    def evaluate(self) -> None:
-        """The network is called: later draws belong to this evaluation."""
-        self.draws.append([])
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in ops.NORMAL:
-            return func(*args, **kwargs)
-        shape, dtype = ops.shape_and_dtype(args, kwargs)
-        z = (self._scale * self.normal(shape)).to(dtype)
-        self.draws[-1].append(z.double())
-        return z
+        self._overwrite(value, x0)
+        return value
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

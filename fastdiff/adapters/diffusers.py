@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.adapters.basis import Basis, Numbers, Refused, Tape
+from fastdiff.adapters.basis import Basis, Refused, Tape
 from fastdiff.adapters.brownian import BrownianPath
 from fastdiff.adapters.conventions import (
     config_of,
@@ -27,6 +27,7 @@ from fastdiff.adapters.conventions import (
 from fastdiff.adapters.recording import (
     LEARNED_VALUES,
     Heads,
+    Numbers,
     ProbeNetwork,
     compile_tapes,
     confirm,
@@ -87,7 +88,7 @@ def import_scheduler(
             return network(_scaled(theirs, x, t), t)
 
         with numbers:
-            return x, _walk(theirs, x, evaluate, step_kwargs)
+            return x, _walk(theirs, x.clone(), evaluate, step_kwargs)
 
     confirm(table, weights, run, rounds=walks[0].tape.rounds)
     warn_of_misses(table)

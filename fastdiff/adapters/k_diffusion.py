@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.adapters.basis import Basis, Numbers, Refused, Tape
+from fastdiff.adapters.basis import Basis, Refused, Tape
 from fastdiff.adapters.brownian import BrownianPath
-from fastdiff.adapters.recording import Heads, ProbeNetwork, compile_tapes, confirm, warn_of_misses
+from fastdiff.adapters.recording import Heads, Numbers, ProbeNetwork, compile_tapes, confirm, warn_of_misses
 from fastdiff.table import SamplingTable
 
 __all__ = ["import_sampler"]
@@ -61,16 +61,13 @@ def import_sampler(
     table, weights = compile_tapes([tape], _heads(tape, told, starts, levels, options))
 
     def run(network: ProbeNetwork, numbers: Numbers, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        entered: list[torch.Tensor] = []
-
         def model(x: torch.Tensor, sigma: Any, **_: Any) -> torch.Tensor:
             numbers.evaluate()
-            entered.append(x.clone())
             return network(x, sigma)
 
         with numbers:
             end = sample_fn(model, x, levels.clone(), **_call(takes, options, tuple(x.shape)))
-        return entered[0], end
+        return network.states[0], end
 
     confirm(table, weights, run, rounds=tape.rounds)
     warn_of_misses(table)

@@ -21,7 +21,17 @@ ADDITIVE = _names(
 # linear where one factor, or the dividend alone, depends on the state
 SCALING = _names("mul div true_divide __mul__ __rmul__ __truediv__ __imul__ __itruediv__ mul_ div_")
 CASTS = _names("to float half bfloat16 double type type_as")
-CLAMPS = _names("clamp clip clamp_ clip_ clamp_min clamp_max clamp_min_ clamp_max_ hardtanh")
+# where the lower and the upper bound stand behind the clamped tensor, and their names
+_CLAMPS = {
+    **dict.fromkeys(("clamp", "clip", "clamp_", "clip_"), ((0, "min"), (1, "max"))),
+    **dict.fromkeys(("hardtanh", "hardtanh_"), ((0, "min_val"), (1, "max_val"))),
+    **dict.fromkeys(("clamp_min", "clamp_min_"), ((0, "min"), None)),
+    **dict.fromkeys(("clamp_max", "clamp_max_"), (None, (0, "max"))),
+}
+_EXTREMA = {
+    **dict.fromkeys(("maximum", "fmax", "max"), ((0, "other"), None)),
+    **dict.fromkeys(("minimum", "fmin", "min"), (None, (0, "other"))),
+}
 # depend on the shape alone
 CONSTANTS = _names(
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor"
@@ -40,12 +50,72 @@ OTHER_RANDOM = _names(
     """rand rand_like randint randint_like randperm normal normal_ uniform_ bernoulli bernoulli_ multinomial
     poisson exponential_ log_normal_ cauchy_ geometric_ random_ dropout"""
 )
+_SCALES = (1.0, 1e-12, 1e12)  # no bound of an operation lies beyond both, or is passed over by all three
 _AUGMENTED = _names("__iadd__ __isub__ __imul__ __itruediv__ __setitem__")
 
 
 def writes_in_place(name: str) -> bool:
     """Whether the operation of this name changes its first argument."""
     return name in _AUGMENTED or (name.endswith("_") and not name.endswith("__"))
+
+
+def bounds(name: str, args: Any, kwargs: Any, state: type) -> tuple[Any, Any, Any] | None:
+    """What an operation clamps, its lower and its upper bound (None: none there); None where it is no clamp.
+
+    The elementwise `maximum` or `minimum` of a state and another tensor, in either order, is a clamp too.
+    """
+    places = _CLAMPS.get(name) or _EXTREMA.get(name)
+    if places is None or "out" in kwargs:
+        return None
+    value, *rest = (kwargs["input"], *args) if "input" in kwargs else args
+
+    def given(place: tuple[int, str] | None) -> Any:
+        if place is None:
+            return None
+        return rest[place[0]] if len(rest) > place[0] else kwargs.get(place[1])
+
+    low, high = map(given, places)
+    if name in _CLAMPS:
+        return value, low, high
+    other = high if low is None else low
+    if not isinstance(other, torch.Tensor) or (isinstance(value, state) and isinstance(other, state)):
+        return None  # a reduction, or of two states
+    if isinstance(other, state):
+        value, other = other, value
+    return (value, other, None) if high is None else (value, None, other)
+
+
+def acts_linearly(
+    func: Callable[..., Any], name: str, args: Any, kwargs: Any, state: type[torch.Tensor]
+) -> bool:
+    """Whether an operation acts linearly on random numbers of very different sizes in place of the states.
+
+    f(s (1.7 a - 0.6 b)) = s (1.7 f(a) - 0.6 f(b)),   a, b ~ N(0, 1),   s in `_SCALES`
+    """
+    generator = torch.Generator().manual_seed(0)
+    states = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, state)]
+
+    def drawn() -> dict[int, torch.Tensor]:
+        return {id(t): torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in states}
+
+    def results(values: dict[int, torch.Tensor], scale: float = 1.0) -> list[torch.Tensor]:
+        given, named = changed((args, kwargs), state, lambda tensor: scale * values[id(tensor)])
+        result = func(*given, **named)
+        kept = given[0] if writes_in_place(name) else result
+        return [leaf for leaf in leaves(kept) if isinstance(leaf, torch.Tensor)]
+
+    a, b = drawn(), drawn()
+    both = {key: 1.7 * a[key] - 0.6 * b[key] for key in a}
+    expected = list(zip(results(a), results(b), strict=True))
+    for scale in _SCALES:
+        for (of_a, of_b), found in zip(expected, results(both, scale), strict=True):
+            if not found.is_floating_point():
+                return False
+            error = found / scale - (1.7 * of_a - 0.6 * of_b)
+            size = torch.cat([of_a.flatten(), of_b.flatten(), torch.zeros(1)]).abs().max()
+            if not bool((error.abs() <= 1e-9 * size).all()):
+                return False
+    return True
 
 
 def shape_and_dtype(args: Any, kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:

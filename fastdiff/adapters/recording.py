@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
-from fastdiff.adapters.basis import LEARNED, Epoch, Numbers, Refused, Tape
+from fastdiff.adapters import operations as ops
+from fastdiff.adapters.basis import LEARNED, Epoch, Refused, Tape
 from fastdiff.adapters.observable import reduce_registers
 from fastdiff.clip import Clip
 from fastdiff.levels import Level
@@ -25,7 +27,8 @@ SELF_CHECK_TOL = 1e-5  # other projects keep their schedules in float32
 LEARNED_VALUES = (1.0, -1.0, 0.0)  # of v: the ends of the learned range, and its middle as a check
 _EXACT_TOL, _ROUNDED_TOL = 1e-9, 1e-4  # of the final comparison, without and with float32 inside
 _EPS = float(np.finfo(np.float64).eps)
-_PROBE_SHAPE = (2, 3, 2, 3)
+_PROBE_SCALES = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64).reshape(3, 1, 1, 1)  # of its samples
+_PROBE_SHAPE = (3, 3, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Heads:
     exempt: tuple[str, ...] = ()
 
 
-def compile_tapes(tapes: Sequence[Tape], heads: Heads) -> tuple[SamplingTable, list[np.ndarray]]:
-    """The table of a tape, and [rows] weights of each row's draws in its one noise.
+def compile_tapes(tapes: Sequence[Tape], heads: Heads) -> tuple[SamplingTable, np.ndarray]:
+    """The table of a tape, and weights [rows, draws] of the sampler's draws in each row's one noise.
 
     Args:
         tapes: one, or with a learned variance one for each of `LEARNED_VALUES`.
@@ -57,7 +60,7 @@ def compile_tapes(tapes: Sequence[Tape], heads: Heads) -> tuple[SamplingTable, l
             a learned variance that is not an interpolation of logarithms.
     """
     tape = tapes[0]
-    weights = [_noise_weights(tape, row, epoch) for row, epoch in enumerate(tape.epochs)]
+    weights = np.stack([_noise_weights(tape, row, epoch) for row, epoch in enumerate(tape.epochs)])
     raw = [_columns(tape, weights) for tape in tapes]
     columns = raw[0]
     log_var = _log_variances(tape, raw)
@@ -85,7 +88,7 @@ def compile_tapes(tapes: Sequence[Tape], heads: Heads) -> tuple[SamplingTable, l
 
 
 def _noise_weights(tape: Tape, row: int, epoch: Epoch) -> np.ndarray:
-    """[draws] what each draw of an epoch contributes to its noise; of length 1, or 0 where no noise is used.
+    """[draws] what each draw contributes to a row's noise; of length 1, or 0 where no noise is used.
 
     Several draws are one noise where everything reads them in the same proportion.
     """
@@ -94,25 +97,25 @@ def _noise_weights(tape: Tape, row: int, epoch: Epoch) -> np.ndarray:
         raise Refused(f"{tape.name} cannot be imported: in row {row} a coefficient is not finite")
     if outputs[:, LEARNED].any():
         raise Refused(f"{tape.name} cannot be imported: in row {row} the variance channels enter the sample")
-    draws = np.zeros((len(outputs), epoch.draws))
+    draws = np.zeros((len(outputs), tape.draws))
     for slot, symbol in enumerate(epoch.symbols):
         if isinstance(symbol, tuple):
             draws[:, symbol[1]] = outputs[:, slot]
     used = np.flatnonzero(draws.any(axis=0))
-    weights = np.zeros(epoch.draws)
+    weights = np.zeros(tape.draws)
     if len(used) == 1:
         weights[used] = 1.0
     elif len(used):
-        _, sizes, directions = np.linalg.svd(draws)
+        _, sizes, directions = np.linalg.svd(draws[:, used])
         if len(sizes) > 1 and sizes[1] > 1e-12 * sizes[0]:
             raise Refused(
                 f"{tape.name} cannot be imported: row {row} needs two independent noises, and a row has one z"
             )
-        weights[:] = directions[0] * np.sign(directions[0][used[0]])
+        weights[used] = directions[0] * np.sign(directions[0][0])
     return weights
 
 
-def _columns(tape: Tape, weights: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def _columns(tape: Tape, weights: np.ndarray) -> dict[str, np.ndarray]:
     """from_state, from_x0, from_out and from_noise as the tape has them."""
     rows = []
     for epoch, drawn in zip(tape.epochs, weights, strict=True):
@@ -192,10 +195,45 @@ def _through_x0(
     }
 
 
+class Numbers(TorchFunctionMode):
+    """Replays a sampler on real numbers: every normal it draws comes from here and is kept.
+
+    Args:
+        scale: of what is drawn, a number or what broadcasts to it; a linear sampler cannot tell.
+    Attributes:
+        draws: [evaluations + 1] lists of float64 normals, the first list of before the first evaluation.
+    """
+
+    def __init__(self, seed: int = 0, scale: float | torch.Tensor = 1.0) -> None:
+        super().__init__()
+        self.draws: list[list[torch.Tensor]] = [[]]
+        self._scale = scale
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, shape: Any) -> torch.Tensor:
+        """Float64 normals of scale 1 that do not count as a draw."""
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
+
+    def evaluate(self) -> None:
+        """The network is called: later draws belong to this evaluation."""
+        self.draws.append([])
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ops.NORMAL:
+            return func(*args, **kwargs)
+        shape, dtype = ops.shape_and_dtype(args, kwargs)
+        z = (self._scale * self.normal(shape)).to(dtype)
+        self.draws[-1].append(z.to(torch.float64, copy=True))  # the sampler may write into its own
+        return z
+
+
 class ProbeNetwork:
     """A bounded, non-linear, time-dependent network for a table, that notes every state it is asked about.
 
-    Its x0 is 1.3 tanh(x + cos t): now and then outside of a clip range of 1.
+    Its x0 is 1.3 scale tanh(x / scale + cos t): now and then outside of a clip range of the sample's scale.
     """
 
     def __init__(self, table: SamplingTable) -> None:
@@ -207,55 +245,59 @@ class ProbeNetwork:
         table = self.table
         if row == table.num_rows:
             raise ValueError(f"the network is evaluated more than {row} times")
-        u = u.double()
+        u = u.to(torch.float64, copy=True)  # the sampler may go on in place
         self.states.append(u)
         px, po, c_in = (float(column[row]) for column in (table.x0_from_x, table.x0_from_out, table.c_in))
         x = u / c_in if c_in else u
-        x0 = 1.3 * torch.tanh(x + np.cos(float(torch.as_tensor(t).flatten()[0])))
+        shift = np.cos(float(torch.as_tensor(t).flatten()[0]))
+        x0 = 1.3 * _PROBE_SCALES * torch.tanh(x / _PROBE_SCALES + shift)
         out = (x0 - px * x) / po if po else x0
-        return torch.cat([out, torch.tanh(2.0 * x)], dim=1) if table.learned else out
+        return torch.cat([out, torch.tanh(2.0 * x / _PROBE_SCALES)], dim=1) if table.learned else out
 
 
 def confirm(
     table: SamplingTable,
-    weights: Sequence[np.ndarray],
+    weights: np.ndarray,
     run: Callable[[ProbeNetwork, Numbers, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     *,
     rounds: bool,
 ) -> None:
     """Run the original on random numbers and demand that the table goes through the same states.
 
-    The numbers are small even where a chain starts at a large sigma: what is linear cannot tell, and what the
-    original rounds is then not the difference of large ones.
+    The samples of its batch are of different sizes, beyond any clip and far within: what is linear cannot
+    tell. Where a chain starts at a large sigma they are smaller, as what the original rounds is then not the
+    difference of large ones.
 
     Args:
-        weights: of each row's draws in its noise.
+        weights: [rows, draws] of the draws in each row's noise.
         run: (network, numbers, x_T) -> (the state that entered row 0, the result), by the original's code.
         rounds: whether the original rounds to less than float64.
     Raises:
         ValueError: the first row whose result differs: something there is not linear, or depends on the data.
     """
-    numbers = Numbers(scale=1.0 / max(1.0, table.init_scale))
+    numbers = Numbers(scale=_PROBE_SCALES / max(1.0, table.init_scale))
     network = ProbeNetwork(table)
     failed = f"{table.name} cannot be imported: on random numbers it"
     try:
-        x, result = run(network, numbers, numbers.normal(_PROBE_SHAPE))
+        x, result = run(network, numbers, _PROBE_SCALES * numbers.normal(_PROBE_SHAPE))
     except Exception as error:  # whatever a stranger's code raises
         raise Refused(f"{failed} fails with {type(error).__name__}: {error}") from error
-    if [len(zs) for zs in numbers.draws[1:]] != [len(drawn) for drawn in weights]:
+    draws = [z for zs in numbers.draws for z in zs]
+    if (len(network.states), len(draws)) != weights.shape:
         raise Refused(
             f"{failed} evaluates the network or draws noise another number of times than on a basis"
         )
     noise = [
-        sum((float(w) * z for w, z in zip(drawn, zs, strict=True) if w), torch.zeros_like(x))
-        for drawn, zs in zip(weights, numbers.draws[1:], strict=True)
+        sum((float(used[n]) * draws[n] for n in np.flatnonzero(used)), torch.zeros_like(x))
+        for used in weights
     ]
     ours = ProbeNetwork(table)
     end = table.evaluate(ours, x, noise)
     tol = _ROUNDED_TOL if rounds else _EXACT_TOL
     pairs = zip([*network.states[1:], result.double()], [*ours.states[1:], end], strict=True)
     for row, (theirs, mine) in enumerate(pairs):
-        gap = float((theirs - mine).abs().max()) / max(1.0, float(theirs.abs().max()))
+        scale = theirs.abs().amax(dim=(1, 2, 3), keepdim=True).maximum(_PROBE_SCALES)
+        gap = float(((theirs - mine).abs() / scale).max())
         if not gap <= tol:
             raise Refused(
                 f"{failed} takes another step {row} than its row (relative error {gap:.3g}): something "
