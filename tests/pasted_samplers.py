@@ -95,3 +95,24 @@ def in_place(model, x, sigmas, **_):
         noise = torch.randn_like(x)
         x += noise.mul_(to * 3**0.5 / 2)
     return x
+
+
+def averaged(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Two evaluations at each level before the step from it."""
+    for now, to in pairwise(sigmas):
+        callback({})
+        x0 = (model(x, now) + model(x, now)) / 2
+        x = x0 + (x - x0) * (to / now)
+    return x
+
+
+def churned_history(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Two steps of Adams-Bashforth after churn: only its callback tells where its steps start."""
+    old = None
+    for i in range(len(sigmas) - 1):
+        x, sigma = churned(x, sigmas[i], 3.0, 1.0, len(sigmas) - 1)
+        slope = (x - model(x, sigma)) / sigma
+        callback({"i": i})
+        x = x + (slope if old is None else 1.5 * slope - 0.5 * old) * (sigmas[i + 1] - sigma)
+        old = slope
+    return x

@@ -9,6 +9,7 @@ import sys
 import types
 import warnings
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 from oracles import assert_close
 from pasted_samplers import (
     ancestral,
+    averaged,
+    churned_history,
     clipped,
     euler,
     heun,
@@ -130,11 +133,48 @@ def test_a_clamp_of_x0_is_the_clip():
     assert (table.x0_from_out == 1).all()
 
 
-def test_without_a_callback_steps_end_at_the_given_levels():
-    def quiet(model, x, sigmas):
-        return heun(model, x, sigmas, callback=lambda *_: None)
+@pytest.mark.parametrize(
+    ("sample_fn", "options", "ends"),
+    [
+        (euler, {}, [1] * 9),
+        (euler, {"s_churn": 3.0}, [1] * 9),
+        (heun, {}, [0, 1] * 8 + [1]),
+        (heun, {"s_churn": 3.0}, [0, 1] * 8 + [1]),
+        (averaged, {}, [0, 1] * 9),
+        (two_steps, {}, [1] * 9),
+        (churned_history, {}, [1] * 9),
+    ],
+)
+@pytest.mark.parametrize("place", ["behind the first evaluation", "before it", "nowhere"])
+@pytest.mark.filterwarnings("ignore:imported as it is:UserWarning")
+def test_steps_end_at_the_levels_wherever_the_callback_is_called(sample_fn, options, ends, place):
+    """Churned ones end where they remember nothing, or by a callback in k-diffusion's place."""
+    starts = [0, *(np.flatnonzero(ends) + 1)]
 
-    assert np.array_equal(import_sampler(quiet, SIGMAS).ends_step, import_sampler(heun, SIGMAS).ends_step)
+    def moved(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        evaluations = iter(range(len(ends)))
+
+        def evaluate(x, sigma):
+            if next(evaluations) in starts and place == "before it":
+                callback({})
+            return model(x, sigma)
+
+        own = callback if place == "behind the first evaluation" else lambda *_: None
+        return sample_fn(evaluate, x, sigmas, extra_args={}, callback=own, **options)
+
+    assert import_sampler(moved, SIGMAS).ends_step.tolist() == [bool(end) for end in ends]
+
+
+@pytest.mark.parametrize("sigmas", [SIGMAS, SIGMAS[:-1], SIGMAS.float()], ids=["", "not to 0", "float32"])
+def test_a_callback_at_the_end_of_a_step_moves_nothing(sigmas):
+    def late(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for pair in pairwise(sigmas):
+            x = heun(model, x, torch.stack(pair), callback=lambda *_: None)
+            callback({})
+        return x
+
+    ends = import_sampler(late, sigmas).ends_step.tolist()
+    assert ends == [False, True] * (len(ends) // 2) + [True] * (len(ends) % 2)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +189,7 @@ def check_ours(solver: str, table: SamplingTable, **options) -> None:
     """A solver of ours makes of the same numbers what an imported table does."""
     levels = fd.NoiseLevels.from_sigmas(SIGMAS.numpy())
     ours = fd.compile_table(solver, levels, prediction="x0", **options)
+    assert np.array_equal(table.ends_step, ours.ends_step)
     generator = torch.Generator().manual_seed(2)
     x, *noise = torch.randn((1 + table.num_rows, 2, 3, 4), generator=generator, dtype=torch.float64)
     x = table.init_scale * x

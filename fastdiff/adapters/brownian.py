@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_SAME = 1e-5  # relative; exp(log(sigma)) in float32 is off by 1e-7
+SAME = 1e-5  # relative; exp(log(sigma)) in float32 is off by 1e-7
 
 
 class BrownianPath:
@@ -31,7 +31,7 @@ class BrownianPath:
 
     def __call__(self, start: Any, end: Any) -> torch.Tensor:
         start, end = float(start), float(end)
-        if min(start, end) < 0 or math.isclose(start, end, rel_tol=_SAME):
+        if min(start, end) < 0 or math.isclose(start, end, rel_tol=SAME):
             raise ValueError(f"a noise sampler needs two different levels >= 0, got {start} and {end}")
         first = self._place(start)
         last = self._place(end)
@@ -47,7 +47,7 @@ class BrownianPath:
         """Index of a level on the path, drawn if it is new."""
         points = self._points
         for i, known in enumerate(points):
-            if math.isclose(level, known, rel_tol=_SAME):
+            if math.isclose(level, known, rel_tol=SAME):
                 return i
         i = sum(known < level for known in points)
         if 0 < i < len(points):

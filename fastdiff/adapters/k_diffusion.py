@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastdiff.adapters.basis import Basis, Refused, Tape
-from fastdiff.adapters.brownian import BrownianPath
+from fastdiff.adapters.brownian import SAME, BrownianPath
 from fastdiff.adapters.recording import Heads, Numbers, ProbeNetwork, compile_tapes, confirm, warn_of_misses
 from fastdiff.table import SamplingTable
 
@@ -34,7 +34,8 @@ def import_sampler(
 
     Args:
         sample_fn: called as fn(model, x, sigmas, **options), and with those of extra_args, callback, disable
-            and noise_sampler that it takes. The callback, called once a step, tells where steps start.
+            and noise_sampler that it takes. Steps end at `sigmas`; where churn raises those, a
+            callback behind a step's first evaluation, or what the sampler remembers, tells where.
         sigmas: [S+1] noise levels, falling; the last is usually 0.
         **options: the sampler's own, e.g. eta=0.5, s_churn=10.0.
     Raises:
@@ -96,7 +97,7 @@ def _run_on_basis(
         return tape.evaluate(x)
 
     def callback(*_: Any) -> None:
-        if tape.epoch >= 0 and tape.epoch not in starts:
+        if tape.epoch not in starts:
             starts.append(tape.epoch)
 
     x = tape.unit("x")
@@ -119,7 +120,9 @@ def _heads(
     assert tape.start.x is not None
     scale, noise = tape.start.x[0], np.delete(tape.start.x, 0)
     sigma = np.array([*told, float(levels[-1])])
-    ends = [row + 1 in starts for row in range(rows - 1)] if starts else _ends_by_level(sigma, levels)
+    ends = _ends_by_level(sigma, levels.double().numpy())
+    if ends is None and starts[:1] == [0]:  # called behind a step's first evaluation, as k-diffusion does
+        ends = np.array([row + 1 in starts for row in range(rows - 1)] + [True])
     return Heads(
         t=np.array(told),
         c_in=np.ones(rows),
@@ -127,16 +130,30 @@ def _heads(
         x0_from_out=np.ones(rows),
         alpha=np.ones(rows + 1),
         sigma=sigma,
-        ends_step=np.array([*ends, True]),
+        ends_step=ends,
         init_scale=float(np.hypot(scale * float(levels[0]), np.linalg.norm(noise))),
         exempt=("noise",) if options.get("s_noise", 1.0) != 1.0 else (),
     )
 
 
-def _ends_by_level(sigma: np.ndarray, levels: torch.Tensor) -> list[bool]:
-    """Rows that end a step, where no callback says so: they arrive at a level and are not corrected there."""
-    known = set(levels.double().tolist())
-    return [sigma[r + 1] in known and sigma[r + 1] != sigma[r + 2] for r in range(len(sigma) - 2)]
+def _ends_by_level(sigma: np.ndarray, levels: np.ndarray) -> np.ndarray | None:
+    """[rows] whether a row ends a step, by the levels at which the network is called and the last one.
+
+    A step starts with as many evaluations at its level as the first one; more there correct the step before.
+    None where the levels do not tell: the calls miss some, or go back up, as with churn.
+    """
+    visited = np.isclose(levels[:, None], sigma, rtol=SAME, atol=0.0).any(axis=1).all()
+    if not visited or (np.diff(sigma) > SAME * sigma[:-1]).any():
+        return None
+    changes = ~np.isclose(sigma[1:], sigma[:-1], rtol=SAME, atol=0.0)
+    arrivals = [0, *(np.flatnonzero(changes) + 1).tolist()]  # the first evaluation at each level
+    at_start = (arrivals[1:] or [len(sigma)])[0]
+    ends = np.zeros(len(sigma) - 1, bool)
+    for first, then in zip(arrivals, [*arrivals[1:], len(sigma)], strict=True):
+        if first and np.isclose(levels, sigma[first], rtol=SAME, atol=0.0).any():
+            ends[max(first, then - at_start) - 1] = True
+    ends[-1] = True
+    return ends
 
 
 def _parameters(sample_fn: Any, name: str, options: dict[str, Any]) -> set[str]:

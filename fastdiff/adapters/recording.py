@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from fastdiff.adapters import operations as ops
 from fastdiff.adapters.basis import LEARNED, Epoch, Refused, Tape
 from fastdiff.adapters.observable import reduce_registers
 from fastdiff.clip import Clip
+from fastdiff.editing import carries
 from fastdiff.levels import Level
 from fastdiff.solvers.forms import Form, Row, assemble
 from fastdiff.table import SamplingTable
@@ -36,7 +37,7 @@ class Heads:
     """What is known of each evaluation besides the tape; the attributes of `SamplingTable` of these names.
 
     `x0_from_x` and `x0_from_out` may hold NaN where nobody knows how x0 follows from the output: such a row
-    uses the output as it is.
+    uses the output as it is. With `ends_step` None a step ends where nothing of it is remembered.
     """
 
     t: np.ndarray
@@ -45,7 +46,7 @@ class Heads:
     x0_from_out: np.ndarray
     alpha: np.ndarray
     sigma: np.ndarray
-    ends_step: np.ndarray
+    ends_step: np.ndarray | None
     init_scale: float
     exempt: tuple[str, ...] = ()
 
@@ -77,14 +78,22 @@ def compile_tapes(tapes: Sequence[Tape], heads: Heads) -> tuple[SamplingTable, n
         **columns,
         alpha=heads.alpha,
         sigma=heads.sigma,
-        ends_step=heads.ends_step,
+        ends_step=np.ones(len(heads.t), bool) if heads.ends_step is None else heads.ends_step,
         init_scale=heads.init_scale,
         clip=clip,
         name=tape.name,
         learned=tape.learned is not None,
         exempt=heads.exempt,
     )
+    if heads.ends_step is None:
+        table = replace(table, ends_step=_ends_by_memory(table))
     return table, weights
+
+
+def _ends_by_memory(table: SamplingTable) -> np.ndarray:
+    """[rows] whether nothing but x goes on after a row; a sampler that never forgets has one-row steps."""
+    ends = ~np.append(carries(table)[1:], False)
+    return ends if ends[:-1].any() else np.ones_like(ends)
 
 
 def _noise_weights(tape: Tape, row: int, epoch: Epoch) -> np.ndarray:
