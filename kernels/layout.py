@@ -127,6 +127,11 @@ def pack(
     """
     rows, own = from_state.shape[0], from_state.shape[1] - 1
     k = own if registers is None else registers
+    if own > MAX_REGISTERS:
+        raise ValueError(
+            f"a table that is packed must have at most {MAX_REGISTERS} registers, got {own}; its solver "
+            "remembers too much: give it a lower order, or a shorter history"
+        )
     if not own <= k <= MAX_REGISTERS:
         raise ValueError(f"`registers` must be in [{own}, {MAX_REGISTERS}], got {k}")
     coef = np.zeros((rows + 1, width(k)), np.float32)

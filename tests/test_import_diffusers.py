@@ -267,6 +267,7 @@ def test_what_no_table_can_hold_is_refused_with_the_reason(scheduler, kwargs, re
         (schedulers.DDIMScheduler(), {"et": 1.0}, "`et` is no argument of DDIMScheduler.step"),
         (schedulers.RePaintScheduler(), {}, "original_image"),
         (object(), {}, "`scheduler` must have `step`"),
+        (schedulers.DDIMScheduler, {}, r"must be an instance, .* give DDIMScheduler\(\)"),
     ],
 )
 def test_a_step_of_another_shape_is_a_type_error(scheduler, kwargs, reason):

@@ -220,6 +220,14 @@ def independent(model, x, sigmas, **_):
     return model(first + other + one, sigmas[1]) + one
 
 
+def forgets_nothing(model, x, sigmas, **_):
+    outs = []
+    for row in range(20):
+        outs.append(model(x, sigmas[0]))
+        x = sum(math.cos(row * i) * out for i, out in enumerate(outs))
+    return x
+
+
 @pytest.mark.parametrize(
     ("sample_fn", "reason"),
     [
@@ -228,6 +236,7 @@ def independent(model, x, sigmas, **_):
         (spread, "different sigma for each sample"),
         (keeps_the_start, "before the first evaluation"),
         (independent, "two independent noises"),
+        (forgets_nothing, "it remembers 10 tensors .* at most 7 registers"),
         (lambda model, x, sigmas: x, "never calls the network"),
         (lambda model, x, sigmas: model(x, sigmas[0], 1, 2), "fails with TypeError"),
         (lambda model, x, sigmas: model(x * 0, sigmas[0]).exp(), "`exp` is not linear"),
@@ -252,6 +261,17 @@ def test_what_no_table_can_hold_is_refused_with_the_reason(sample_fn, reason):
 def test_another_shape_of_function_is_a_type_error(sample_fn, options, reason):
     with pytest.raises(TypeError, match=reason):
         import_sampler(sample_fn, SIGMAS, **options)
+
+
+def test_our_own_levels_are_taken_without_a_warning():
+    levels = fd.NoiseLevels.from_sigmas(SIGMAS.numpy())
+    torch.set_warn_always(True)  # not only the first time in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert import_sampler(euler, levels.sigma) == import_sampler(euler, SIGMAS)
+    finally:
+        torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize("sigmas", [[1.0], [[1.0, 0.0]], [0.0, 0.0], [float("nan"), 0.0], [-1.0, 0.0]])

@@ -130,6 +130,12 @@ def test_impossible_number_of_registers_is_refused(own: int, padded: int) -> Non
         pack(**columns(2, own), registers=padded)
 
 
+@pytest.mark.parametrize("padded", [None, 8, 10])
+def test_too_many_registers_are_refused_with_the_limit(padded: int | None) -> None:
+    with pytest.raises(ValueError, match="must have at most 7 registers, got 10"):
+        pack(**columns(12, 10), registers=padded)
+
+
 def test_table_starts_every_slot_at_row_zero_and_moves_to_a_device() -> None:
     table = random_table(1, 0)
     assert table.start(3).tolist() == [0, 0, 0]

@@ -199,6 +199,9 @@ def _heads(scheduler: Any, record: _Recorded, step_kwargs: Mapping[str, Any]) ->
 
 
 def _require_scheduler(scheduler: Any, step_kwargs: Mapping[str, Any]) -> None:
+    if isinstance(scheduler, type):
+        name = scheduler.__name__
+        raise TypeError(f"`scheduler` must be an instance, got the class {name}; give {name}()")
     name = type(scheduler).__name__
     if not callable(getattr(scheduler, "step", None)):
         raise TypeError(f"`scheduler` must have `step` and `timesteps`, as diffusers' have, got {name}")

@@ -48,7 +48,7 @@ def import_sampler(
     """
     name = getattr(sample_fn, "__name__", type(sample_fn).__name__)
     takes = _parameters(sample_fn, name, options)
-    levels = sigmas if isinstance(sigmas, torch.Tensor) else torch.as_tensor(np.asarray(sigmas, np.float64))
+    levels = sigmas if isinstance(sigmas, torch.Tensor) else torch.from_numpy(np.array(sigmas, np.float64))
     levels = levels.detach().cpu()
     if levels.dim() != 1 or len(levels) < 2 or not bool(torch.isfinite(levels).all()) or not levels[0] > 0:
         raise ValueError(

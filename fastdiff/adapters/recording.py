@@ -20,6 +20,7 @@ from fastdiff.adapters.basis import LEARNED, Epoch, Refused, Tape
 from fastdiff.adapters.observable import reduce_registers
 from fastdiff.clip import Clip
 from fastdiff.editing import carries
+from fastdiff.kernels.layout import MAX_REGISTERS
 from fastdiff.levels import Level
 from fastdiff.solvers.forms import Form, Row, assemble
 from fastdiff.table import SamplingTable
@@ -67,6 +68,12 @@ def compile_tapes(tapes: Sequence[Tape], heads: Heads) -> tuple[SamplingTable, n
     log_var = _log_variances(tape, raw)
     px, po, clip = _predicted_x0(tape, heads)
     columns = reduce_registers(_through_x0(columns, px, po, clipped=clip is not None))
+    registers = columns["from_state"].shape[1] - 1
+    if registers > MAX_REGISTERS:
+        raise Refused(
+            f"{tape.name} cannot be imported: it remembers {registers} tensors of earlier evaluations, and a "
+            f"table that runs has at most {MAX_REGISTERS} registers; give it a shorter history"
+        )
     known = np.isfinite(px) & np.isfinite(po)
     table = SamplingTable(
         t=heads.t,
