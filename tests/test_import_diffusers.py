@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import schedulers
-from oracles import assert_close
+from oracles import assert_close, push_gaussian
 from scheduler_cases import CASES, ROUNDING, evaluated, imported, run_original, start
 
+import fastdiff as fd
 from fastdiff.adapters.diffusers import import_scheduler, survey
+from fastdiff.table import SamplingTable
 
 # diffusers' own: deprecated algorithms, NumPy 2 on its arrays
 pytestmark = pytest.mark.filterwarnings(
@@ -126,6 +128,48 @@ def test_image_to_image_starts_where_the_pipeline_set_it():
     for name in ("t", "from_state", "from_x0", "x0_from_out"):
         assert np.array_equal(getattr(part, name), getattr(whole, name)[4:])
     assert np.array_equal(part.sigma, whole.sigma[4:])
+
+
+def test_a_scheduler_with_a_history_starts_from_an_image_where_it_was_imported_there():
+    scheduler, image = schedulers.DPMSolverMultistepScheduler(), torch.zeros(1, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"`strength` 0.5 starts `table` .* scheduler.set_begin_index\(k\)"
+    ):
+        sampler(import_scheduler(scheduler, 10)).sample(1, init=image, strength=0.5)
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(5)
+    table = import_scheduler(scheduler)
+    result = sampler(table).sample(1, seed=2, init=image, strength=1.0)
+    x = table.sigma[0] * fd.ops.normal((1, 2, 2), 2, 1, 0, domain=0).double()
+    assert_close(result, table.evaluate(lambda u, t: torch.tanh(u), x), 1e-5)
+
+
+def sampler(table: SamplingTable) -> fd.Sampler:
+    return fd.Sampler(lambda u, t: torch.tanh(u), table=table, shape=(1, 2, 2))
+
+
+# Gaussian data, N(0.7, 0.4^2): the first case of each class that is meant to reach them
+GAUSSIAN = {
+    case.scheduler: case
+    for case in reversed(CASES)
+    if not case.scheduler.startswith(("CM", "DDIMInverse", "DPMSolverMultistepInverse", "FlowMatchLCM"))
+    and not case.scheduler.startswith(("LCM", "TCD", "UnCLIP"))
+    and not (
+        case.scheduler == "DDIMScheduler" and "clip_sample" not in case.arguments
+    )  # reads the raw output
+}
+
+
+@pytest.mark.parametrize("case", GAUSSIAN.values(), ids=str)
+def test_gaussian_data_come_out_of_an_imported_table(case):
+    """Their mean at once, their spread with more steps; pushed through exactly, without sampling."""
+    few = 20 if case.scheduler == "CogVideoXDPMScheduler" else 10  # where more steps begin to help
+    tables = [imported(case, steps).with_clip(None) for steps in (few, 4 * few)]
+    (_, coarse), (mean, fine) = (push_gaussian(table, 0.7, 0.4) for table in tables)
+    assert abs(mean - 0.7) < (
+        1e-2 if case.scheduler == "IPNDMScheduler" else 1e-4
+    )  # its alpha starts at 1e-8
+    assert abs(fine - 0.4) < abs(coarse - 0.4) / 2
 
 
 def test_arguments_of_set_timesteps_are_passed_on():

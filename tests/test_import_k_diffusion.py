@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import assert_close
+from oracles import assert_close, push_gaussian
 from pasted_samplers import (
     ancestral,
     averaged,
@@ -189,6 +189,7 @@ def check_ours(solver: str, table: SamplingTable, **options) -> None:
     """A solver of ours makes of the same numbers what an imported table does."""
     levels = fd.NoiseLevels.from_sigmas(SIGMAS.numpy())
     ours = fd.compile_table(solver, levels, prediction="x0", **options)
+    assert_close(push_gaussian(table, 0.7, 0.4), push_gaussian(ours, 0.7, 0.4), 1e-12)
     assert np.array_equal(table.ends_step, ours.ends_step)
     generator = torch.Generator().manual_seed(2)
     x, *noise = torch.randn((1 + table.num_rows, 2, 3, 4), generator=generator, dtype=torch.float64)
@@ -327,6 +328,20 @@ def test_k_diffusions_sampler_is_its_table_and_our_solver(
     assert table.ends_step.sum() == 9
     check_ours(solver, table, **options)
     compare(sample_fn, table, monkeypatch, **options)
+
+
+@pytest.mark.filterwarnings("ignore:imported as it is:UserWarning")  # float32 inside
+def test_dpm_fast_is_a_table_where_it_is_wrapped(k_diffusion, monkeypatch):
+    """12 evaluations in steps of third order, the last two of second and first."""
+
+    def dpm_fast(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        ends = float(sigmas[-2]), float(sigmas[0])
+        return k_diffusion.sample_dpm_fast(model, x, *ends, 12, extra_args, callback, disable)
+
+    table = import_sampler(dpm_fast, SIGMAS)
+    assert (table.num_rows, table.registers) == (12, 2)
+    assert table.ends_step.tolist() == [False, False, True] * 3 + [False, True, True]
+    compare(dpm_fast, table, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
