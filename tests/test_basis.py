@@ -123,6 +123,16 @@ def test_a_tensor_that_is_read_later_is_a_register_and_the_network_input_is_none
     assert [len(epoch.saved) for epoch in tape.epochs] == [1, 1, 0, 0]
 
 
+def test_a_multiple_of_the_networks_input_is_no_register(tape, x_and_out):
+    x, out = x_and_out
+    with tape:
+        next_x = x - 3 * out
+        scaled = next_x / 7
+        tape.evaluate(next_x)
+        assert terms(tape, scaled) == {"x": pytest.approx(1 / 7, rel=1e-15)}
+    assert tape.epochs[0].saved == {}
+
+
 def test_each_draw_is_a_symbol_and_rounding_is_noted_but_not_done(tape, x_and_out):
     x, _ = x_and_out
     with tape:
@@ -212,9 +222,9 @@ def test_the_variance_channels_are_a_number():
 
 
 def test_too_many_kept_tensors_are_refused(tape, x_and_out):
-    _, out = x_and_out
+    x, out = x_and_out
     with tape:
-        kept = [out * n for n in range(1, WIDTH + 1)]
+        kept = [x + out * n for n in range(1, WIDTH + 1)]
         tape.evaluate(out * 0.5)
         with pytest.raises(Refused, match="more than"):
             sum(kept)

@@ -282,8 +282,8 @@ class Tape(TorchFunctionMode):
             return result
         x = then.x
         assert x is not None
-        factor = 1.0 if epoch >= 0 else float(coords @ x / (x @ x))
-        if np.allclose(coords, factor * x, rtol=0.0 if epoch >= 0 else 1e-14, atol=0.0):
+        factor = 1.0 if np.array_equal(coords, x) or not x.any() else float(coords @ x / (x @ x))
+        if np.allclose(coords, factor * x, rtol=1e-14, atol=0.0):
             epoch, coords = epoch + 1, np.zeros(WIDTH)  # it went into the network: the next epoch's x
             coords[0] = factor
         elif epoch == -1:
