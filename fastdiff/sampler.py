@@ -289,9 +289,9 @@ class Sampler:
                 if self._compile is None or self._levels is None:
                     raise ValueError(
                         f"`strength` {strength} starts `table` {self.table.name!r} at a step that reads what "
-                        "earlier ones remember; give `strength` 1 and a table that starts there, compiled from "
-                        f"levels.last({steps}) or imported behind scheduler.set_begin_index(k), or use a solver "
-                        "without a history"
+                        "earlier ones remember; give `strength` 1 and a table that starts there, compiled "
+                        f"from levels.last({steps}) or imported behind scheduler.set_begin_index(k), or use "
+                        "a solver without a history"
                     )
                 table = self._compile(levels=self._levels.last(steps))
             return editing.repeated(table, resample)

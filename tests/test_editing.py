@@ -347,7 +347,7 @@ def test_a_history_cannot_be_resampled_or_cut(solver: str) -> None:
     with pytest.raises(ValueError, match="`resample` 2 goes back"):
         chain.sample(1, known=PICTURE, mask=LEFT, resample=2)
     own = fd.Sampler(smooth, table=chain.table, shape=SHAPE)
-    with pytest.raises(ValueError, match=r"compile one that starts there, from levels\.last\(3\)"):
+    with pytest.raises(ValueError, match=r"a table that starts there, compiled from levels\.last\(3\)"):
         own.sample(1, init=PICTURE, strength=0.5)
     own.sample(1, init=PICTURE, strength=1.0)
 

@@ -132,9 +132,7 @@ def test_image_to_image_starts_where_the_pipeline_set_it():
 
 def test_a_scheduler_with_a_history_starts_from_an_image_where_it_was_imported_there():
     scheduler, image = schedulers.DPMSolverMultistepScheduler(), torch.zeros(1, 2, 2)
-    with pytest.raises(
-        ValueError, match=r"`strength` 0.5 starts `table` .* scheduler.set_begin_index\(k\)"
-    ):
+    with pytest.raises(ValueError, match=r"`strength` 0.5 starts `table` .* scheduler.set_begin_index\(k\)"):
         sampler(import_scheduler(scheduler, 10)).sample(1, init=image, strength=0.5)
     scheduler.set_timesteps(10)
     scheduler.set_begin_index(5)
