@@ -16,7 +16,7 @@ import fastdiff as fd
 from benchmarks.bench_memory import peak_bytes
 from benchmarks.bench_step import compiled
 from benchmarks.record import Comparison, Quantity, compare
-from fastdiff.kernels import cpu
+from fastdiff.kernels import _norm_op, cpu
 
 IMAGES = {  # [B, C, H, W] and groups
     "1x64x8x8": ((1, 64, 8, 8), 16),
@@ -27,7 +27,7 @@ FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 LOSS_SHAPE = (16, 3, 250, 250)  # 3 million elements
 SLOWEST_LOSS = 1.25  # times mse_loss's time with the noise stored: what a busy machine is allowed
 MOST_HELD = 2.3  # states: x_t, the gradient, and scratch memory
-GUARD_NORM = "tests/test_benchmarks.py::test_group_norm_with_silu_is_faster_than_torch_in_channels_last"
+GUARD_NORM = "tests/test_benchmarks.py::test_group_norm_with_silu_is_faster_than_torch"
 GUARD_LOSS = "tests/test_benchmarks.py::test_loss_that_redraws_its_noise_is_not_slower_than_a_stored_one"
 GUARD_MEMORY = "tests/test_benchmarks.py::test_loss_that_redraws_its_noise_holds_no_noise"
 
@@ -78,9 +78,9 @@ def _with_gradient(run: Callable[[], Tensor], grad: Tensor) -> None:
 
 def norm_speed(image: str, layout: str, train: bool = False, rounds: int = 15) -> Comparison:
     """`group_norm_silu` against torch's two operators."""
-    cpu.library(wait=True)
+    _norm_op.operator(wait=True)
     what = "forward and gradient" if train else "forward"
-    guard = GUARD_NORM if (image, layout, train) == ("16x64x16x16", "channels_last", False) else ""
+    guard = "" if train else GUARD_NORM
     return compare(
         "ops",
         f"GroupNorm and SiLU, {image} {layout}, {what}",

@@ -10,7 +10,7 @@ import torch
 from fastdiff import _dispatch
 from fastdiff._arguments import require
 from fastdiff._gradients import only_once
-from fastdiff._norm_direct import DTYPES, REMEDY, attempt, gradients, lies_last
+from fastdiff._norm_direct import DTYPES, attempt, lies_last
 
 _PARAMETERS = (
     "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool activation"
@@ -63,8 +63,23 @@ def group_norm_silu(
     Source: Wu and He 2018, eq. 1-4; Dhariwal and Nichol 2021, section 3.
     """
     operands = (x, residual, weight, bias, scale, shift, num_groups, eps, activation)
-    if isinstance(x, torch.Tensor) and (done := attempt(operands)) is not None:
-        return done
+    if isinstance(x, torch.Tensor):
+        try:
+            if (done := attempt(operands)) is not None:
+                return done
+        except RuntimeError:
+            _check(*operands)  # in our words
+            raise
+    _check(*operands)
+    y: torch.Tensor = torch.ops.fastdiff.group_norm_silu(*operands)[0]
+    return y
+
+
+def _check(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, num_groups: int, eps: float, _: bool,
+) -> None:  # fmt: skip
+    """Refuse what `group_norm_silu` refuses."""
     require("x", x)
     if not 2 <= x.dim() <= 5 or x.dtype not in DTYPES:
         raise ValueError(
@@ -87,8 +102,6 @@ def group_norm_silu(
             raise ValueError(f"`{name}` must be of {DTYPES}, got {vector.dtype}")
     if residual is not None:
         require("residual", residual, dtype=x.dtype, device=x.device, shape=tuple(x.shape))
-    y: torch.Tensor = torch.ops.fastdiff.group_norm_silu(*operands)[0]
-    return y
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -189,8 +202,27 @@ def _gradients(
         grad_x, sums = torch.ops.fastdiff.group_norm_silu_backward(
             grad, mean, rstd, *tensors, ctx.groups, ctx.eps, ctx.activation
         )
-        found = gradients(grad_x, sums, *tensors[1:])
-    return *only_once("group_norm_silu", REMEDY, *found), None, None, None
+        found = _parts(grad_x, sums, *tensors[1:])
+    return *only_once("group_norm_silu", "torch's group_norm and silu", *found), None, None, None
+
+
+def _parts(
+    grad_x: torch.Tensor, sums: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None,
+    bias: torch.Tensor | None, scale: torch.Tensor | None, shift: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+    """The gradients of x, residual, weight, bias, scale and shift from what the kernel leaves."""
+    of_weight, of_bias, of_scale, of_shift = weight, bias, scale, shift
+    if weight is not None or bias is not None:
+        plain, along = (sums if scale is None else scale * sums).sum(1).unbind()
+        of_weight = None if weight is None else along.to(weight.dtype)
+        of_bias = None if bias is None else plain.to(bias.dtype)
+    if scale is not None:
+        by_scale = sums[1] if weight is None else weight * sums[1]
+        by_scale = by_scale if bias is None else by_scale + bias * sums[0]
+        of_scale = by_scale.sum_to_size(scale.shape).to(scale.dtype)
+    if shift is not None:
+        of_shift = sums[0].sum_to_size(shift.shape).to(shift.dtype)
+    return grad_x, None if residual is None else grad_x.clone(), of_weight, of_bias, of_scale, of_shift
 
 
 _dispatch._register("group_norm_silu", _forward, _forward_fake)

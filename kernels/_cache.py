@@ -106,8 +106,8 @@ def used(path: Path) -> None:
 
 def sweep(cache: Path) -> None:
     """Remove what killed builds left, and compiled files that nobody has loaded for a month."""
-    for pattern, age in (("build-*", _ABANDONED), ("cpu-*", _UNUSED), ("step-*", _UNUSED)):
-        for old in cache.glob(pattern):
+    for kind, age in (("build", _ABANDONED), ("cpu", _UNUSED), ("norm", _UNUSED), ("step", _UNUSED)):
+        for old in cache.glob(f"{kind}-*"):
             with contextlib.suppress(OSError):  # another process sweeps as well
                 if time.time() - old.stat().st_mtime > age:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -1,32 +1,21 @@
-"""Builds and loads the fused CPU kernels, this folder's C++ sources, where a C++ compiler is there.
+"""The fused CPU kernels, this folder's C++ sources, where a C++ compiler is there.
 
-The build takes about five seconds, runs in the background and is kept on disk, so that no image waits for it:
-until it is there, and where there is no compiler, callers use NumPy and torch, whose results are the same to
-the last bit.
-
-    FASTDIFF_NATIVE=0      never build or load it
-    FASTDIFF_CACHE=DIR     where compiled files are kept (_cache.py)
-    CXX=...                the compiler (default: g++, clang++, c++)
+The build takes about five seconds, runs in the background and is kept on disk (_library.py), so that no image
+waits for it: until it is there, and where there is no compiler, callers use NumPy and torch, whose results
+are the same to the last bit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import os
-import platform
-import subprocess
-import threading
-from pathlib import Path
 
 import torch
 
-from . import _cache
 from ._cpp_constants import constants
+from ._library import Library, sources
 
-_SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp") for name in ("philox", "cpu", "vlb", "reverse_step", "group_norm")
-)
+_SOURCES = ("philox.cpp", "cpu.cpp", "vlb.cpp", "reverse_step.cpp", "norm.h", "group_norm.cpp")
 _OPS = [
     "normal",
     "q_sample",
@@ -48,10 +37,6 @@ _TUNINGS = [
     ["-march=native"],
     [],
 ]
-_lock = threading.Lock()
-_thread: threading.Thread | None = None
-_library: ctypes.CDLL | None = None
-_log = logging.getLogger("fastdiff")
 
 
 def library(wait: bool = False) -> ctypes.CDLL | None:
@@ -60,30 +45,8 @@ def library(wait: bool = False) -> ctypes.CDLL | None:
     Args:
         wait: block until a build that is under way has ended.
     """
-    global _thread
-    if _library is not None:
-        return _library
-    if os.environ.get("FASTDIFF_NATIVE") == "0":
-        return None
-    with _lock:
-        if _thread is None:
-            # a daemon: a process that ends before its compiler does not wait for it
-            _thread = threading.Thread(target=_load, name="fastdiff-build", daemon=True)
-            _thread.start()
-            wait = wait or _is_cached()  # loading takes milliseconds
-    if wait:
-        _thread.join()
-    return _library
-
-
-def _after_fork() -> None:
-    """A child has none of its parent's threads: a build that was under way is started anew."""
-    global _thread, _lock
-    _thread, _lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    loaded: ctypes.CDLL | None = kernels.get(wait)
+    return loaded
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -91,59 +54,24 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _load() -> None:
-    """Set `_library`; say in one line why not, where it cannot be."""
-    global _library
-    compiler = _cache.compiler()
-    path = _cache_file(compiler)
-    if compiler is None or path is None:
-        _log.warning(
-            "no C++ compiler found: fastdiff draws noise with NumPy, about 4x slower than torch.randn; "
-            "install g++"
-        )
-        return
-    try:
-        if not _cache.intact(path):
-            _build(compiler, path)
-        loaded = ctypes.CDLL(str(path))
-        for name in _OPS:
-            getattr(loaded, f"fd_{name}").restype = None
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        _log.warning("fastdiff's CPU kernels could not be built, NumPy is used instead: %s", error)
-        return
-    _library = loaded
-    _cache.used(path)
+def _loaded(native: ctypes.CDLL) -> ctypes.CDLL:
+    for name in _OPS:
+        getattr(native, f"fd_{name}").restype = None
+    return native
 
 
-def _build(compiler: list[str], path: Path) -> None:
-    """Compile into `path`, atomically, mode 0600, with its digest beside it."""
-    with _cache.building(path.parent) as folder:
-        source, target = (folder / name for name in ("cpu.cpp", "cpu.so"))
-        source.write_text(constants() + _text())
-        for tuning in _TUNINGS:
-            command = [*compiler, *_EXACT, *tuning, "-shared", "-fPIC", str(source), "-o", str(target)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if result.returncode == 0 and target.exists():
-                _cache.keep(target, path)
-                return
-    raise OSError(f"{' '.join(command)} failed: {result.stderr.strip()[:500]}")
+def _refused(why: str) -> None:
+    logging.getLogger("fastdiff").warning(
+        "fastdiff's CPU kernels could not be built, NumPy is used instead, which draws noise about 4x slower "
+        "than torch.randn: %s",
+        why,
+    )
 
 
-def _is_cached() -> bool:
-    """Whether there is something to load."""
-    path = _cache_file(_cache.compiler())
-    return path is not None and path.exists()
-
-
-def _cache_file(compiler: list[str] | None) -> Path | None:
-    """Where the compiled file for this source, compiler and processor lies."""
-    if compiler is None:
-        return None
-    machine = (platform.machine(), _cache.processor(), repr((_EXACT, _TUNINGS)))
-    name = _cache.digest(_text(), constants(), *compiler, *machine)
-    return _cache.folder() / f"cpu-{name}.so"
-
-
-def _text() -> str:
-    """The kernels' C++, one source behind the other."""
-    return "\n".join(source.read_text() for source in _SOURCES)
+kernels = Library(
+    "cpu",
+    lambda: constants() + sources(*_SOURCES),
+    lambda: [[*_EXACT, *tuning] for tuning in _TUNINGS],
+    _loaded,
+    _refused,
+)

@@ -1,4 +1,4 @@
-// The CPU's loops of group_norm_silu and its gradient, behind cpu.cpp in one translation unit. A task is a sample's groups
+// The CPU's loops of group_norm_silu and its gradient, behind cpu.cpp and norm.h in one translation unit. A task is a sample's groups
 // first..last of channels; formulas stand in group_norm.py and group_norm_backward.py.
 #include <array>
 #include <vector>
@@ -34,33 +34,45 @@ inline float silu_slope(float h) {
   return s * mul_add(h, 1.0f - s, 1.0f);
 }
 
-// K sums of `count` terms, in many lanes side by side, so that the compiler need not reorder one
+// adds to `out` the K sums of the terms from..end, a multiple of WIDTH, in as many lanes, so that the compiler need not reorder one
+template <int WIDTH, int K, class F> inline void add_lanes(std::array<double, K>& out, int64_t from, int64_t end, F term) {
+  float part[K][WIDTH] = {};
+  for (int64_t i = from; i < end; i += WIDTH)
+#pragma GCC ivdep
+    for (int lane = 0; lane < WIDTH; lane++) {
+      const Terms<K> t = term(i + lane);
+      for (int k = 0; k < K; k++) part[k][lane] += t[k];
+    }
+  for (int k = 0; k < K; k++) {
+    for (int half = WIDTH / 2; half >= 4; half /= 2)
+      for (int j = 0; j < half; j++) part[k][j] += part[k][j + half];
+    out[k] += ((double)part[k][0] + part[k][1]) + ((double)part[k][2] + part[k][3]);
+  }
+}
+
+// K sums of `count` terms
 template <int K, class F> inline std::array<double, K> sum(int64_t count, F term) {
   std::array<double, K> out{};
-  const int64_t whole = count / LANES * LANES;
-  for (int64_t i = whole; i < count; i++) {
+  const int64_t whole = count / LANES * LANES, sixteens = count / 16 * 16, fours = count / 4 * 4;
+  for (int64_t start = 0; start < whole; start += STRETCH)
+    add_lanes<LANES, K>(out, start, std::min<int64_t>(whole, start + STRETCH), term);
+  if (whole < sixteens) add_lanes<16, K>(out, whole, sixteens, term);
+  if (sixteens < fours) add_lanes<4, K>(out, sixteens, fours, term);
+  for (int64_t i = fours; i < count; i++) {
     const Terms<K> t = term(i);
     for (int k = 0; k < K; k++) out[k] += t[k];
   }
-  for (int64_t start = 0; start < whole; start += STRETCH) {
-    const int64_t end = std::min<int64_t>(whole, start + STRETCH);
-    float part[K][LANES] = {};
-    for (int64_t i = start; i < end; i += LANES)
-#pragma GCC ivdep
-      for (int lane = 0; lane < LANES; lane++) {
-        const Terms<K> t = term(i + lane);
-        for (int k = 0; k < K; k++) part[k][lane] += t[k];
-      }
-    for (int k = 0; k < K; k++) {
-      float sixteen[16];
-      double four[4];
-      for (int j = 0; j < 16; j++) sixteen[j] = part[k][j] + part[k][j + 16];
-      for (int j = 0; j < 4; j++)
-        four[j] = ((double)sixteen[j] + sixteen[j + 4]) + ((double)sixteen[j + 8] + sixteen[j + 12]);
-      out[k] += (four[0] + four[1]) + (four[2] + four[3]);
-    }
-  }
   return out;
+}
+
+// run(0..count), a row of a few elements in narrower vectors and not one by one
+template <class F> inline void for_row(int64_t count, F run) {
+  const int64_t whole = count / 16 * 16, fours = count / 4 * 4;
+  for (int64_t i = 0; i < whole; i++) run(i);
+  for (int64_t i = whole; i < fours; i += 4)
+#pragma GCC ivdep
+    for (int lane = 0; lane < 4; lane++) run(i + lane);
+  for (int64_t i = fours; i < count; i++) run(i);
 }
 
 // out[k][c] = the K sums over `count` rows, `width` apart by `step`, of term(index of the element, c); part: room for K rows
@@ -91,23 +103,14 @@ inline int64_t parts_of(int64_t batch, int64_t groups, bool last, int threads) {
   return last ? (batch >= threads ? 1 : std::min<int64_t>(groups, threads)) : groups;
 }
 
-// What Python packs for a call (_group_norm_cpu.py). x, y, grad, grad_x: [batch, channels, n], or [batch, n, channels] where last;
-// mean, rstd: [batch, groups], or null where nobody wants them; weight, bias: [channels]; scale, shift: [channels] of each sample,
-// `step` (0: shared) apart; sums: [2, batch, channels].
-struct Norm {
-  float *y, *mean, *rstd;
-  const float *x, *weight, *bias, *scale, *shift, *grad;
-  float *grad_x, *sums;
-  int64_t scale_step, shift_step, batch, channels, n, groups;
-  double eps;
-  int activation, last, threads;
+inline float gain_of(const Norm& f, int64_t b, int64_t c) {
+  return (f.weight ? f.weight[c] : 1.0f) * (f.scale ? f.scale[b * f.scale_step + c] : 1.0f);
+}
 
-  float gain(int64_t b, int64_t c) const { return (weight ? weight[c] : 1.0f) * (scale ? scale[b * scale_step + c] : 1.0f); }
-  float offset(int64_t b, int64_t c) const {
-    const float own = bias ? bias[c] * (scale ? scale[b * scale_step + c] : 1.0f) : 0.0f;
-    return own + (shift ? shift[b * shift_step + c] : 0.0f);
-  }
-};
+inline float offset_of(const Norm& f, int64_t b, int64_t c) {
+  const float own = f.bias ? f.bias[c] * (f.scale ? f.scale[b * f.scale_step + c] : 1.0f) : 0.0f;
+  return own + (f.shift ? f.shift[b * f.shift_step + c] : 0.0f);
+}
 
 template <bool last, bool activation> void forward(const Norm f) {
   const int64_t batch = f.batch, channels = f.channels, n = f.n, groups = f.groups;
@@ -149,8 +152,8 @@ template <bool last, bool activation> void forward(const Norm f) {
         if (f.mean) f.mean[b * groups + g0 + k / own] = centre;
         if (f.rstd) f.rstd[b * groups + g0 + k / own] = r;
         for (int64_t c = k; c < k + own; c++) {
-          as[c] = r * f.gain(b, first + c);
-          os[c] = f.offset(b, first + c);
+          as[c] = r * gain_of(f, b, first + c);
+          os[c] = offset_of(f, b, first + c);
         }
       }
       for (int64_t row = 0; row < (last ? n : width); row++) {
@@ -161,7 +164,7 @@ template <bool last, bool activation> void forward(const Norm f) {
           for (int64_t c = 0; c < width; c++) to[c] = through(mul_add(from[c] - m[c], a[c], o[c]));
         else {
           const float centre = m[row], slope = a[row], shift = o[row];
-          for (int64_t i = 0; i < n; i++) to[i] = through(mul_add(from[i] - centre, slope, shift));
+          for_row(n, [=](int64_t i) { to[i] = through(mul_add(from[i] - centre, slope, shift)); });
         }
       }
     }
@@ -189,8 +192,8 @@ template <bool last, bool activation> void backward(const Norm f) {
         const int64_t g = b * groups + g0 + c / own;
         ms[c] = f.mean[g];
         rs[c] = f.rstd[g];
-        as[c] = f.gain(b, first + c);
-        os[c] = f.offset(b, first + c);
+        as[c] = gain_of(f, b, first + c);
+        os[c] = offset_of(f, b, first + c);
       }
       const auto through = [=](int64_t i, float x_hat, float gain, float offset) {
         const float slope = activation ? silu_slope(mul_add(x_hat, gain, offset)) : 1.0f;
@@ -228,8 +231,10 @@ template <bool last, bool activation> void backward(const Norm f) {
         float* __restrict to = out + base;
         if (last)
           for (int64_t c = 0; c < width; c++) to[c] = finish(to[c], from[c], m[c], r[c], a[c], p[c], q[c]);
-        else
-          for (int64_t i = 0; i < n; i++) to[i] = finish(to[i], from[i], m[row], r[row], a[row], p[row], q[row]);
+        else {
+          const float centre = ms[row], inverse = rs[row], gain = as[row], plain = ps[row], along = qs[row];
+          for_row(n, [=](int64_t i) { to[i] = finish(to[i], from[i], centre, inverse, gain, plain, along); });
+        }
       }
     }
   }

@@ -20,8 +20,8 @@ from fastdiff.kernels import _cache, _cpp_constants, cpu
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A process that has not looked for the library yet, with a cache of its own."""
-    monkeypatch.setattr(cpu, "_library", None)
-    monkeypatch.setattr(cpu, "_thread", None)
+    monkeypatch.setattr(cpu.kernels, "_loaded", None)
+    monkeypatch.setattr(cpu.kernels, "_thread", None)
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -124,11 +124,11 @@ def test_native_zero_neither_builds_nor_loads(
 
 
 def test_change_of_a_constant_is_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = cpu._cache_file(["g++"])
-    assert before == cpu._cache_file(["g++"])
+    before = cpu.kernels.file(["g++"])
+    assert before == cpu.kernels.file(["g++"])
     monkeypatch.setattr("fastdiff.kernels._philox_numpy.ROUNDS", 7)
-    assert cpu._cache_file(["g++"]) != before
-    assert cpu._cache_file(None) is None
+    assert cpu.kernels.file(["g++"]) != before
+    assert cpu.kernels.file(None) is None
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_constants_become_exact_literals(value: object, text: str) -> None:
 def test_home_of_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FASTDIFF_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cpu._cache_file(["g++"]).parent == tmp_path / "fastdiff"
+    assert cpu.kernels.file(["g++"]).parent == tmp_path / "fastdiff"
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "own"))
-    assert cpu._cache_file(["g++"]).parent == tmp_path / "own"
+    assert cpu.kernels.file(["g++"]).parent == tmp_path / "own"
 
 
 def test_process_does_not_wait_for_its_compiler(tmp_path: Path) -> None:
@@ -258,6 +258,6 @@ def test_a_library_in_use_keeps_its_digest_from_the_sweep(fresh: Path) -> None:
     kept = sorted(fresh.iterdir())
     for path in kept:
         os.utime(path, (0, 0))
-    cpu._load()
+    cpu.kernels.load()
     _cache.sweep(fresh)
     assert sorted(fresh.iterdir()) == kept

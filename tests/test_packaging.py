@@ -106,7 +106,7 @@ def kernel_files(names: Iterable[str], below: str) -> set[str]:
 
 
 def test_the_wheel_holds_every_kernel_as_a_real_file(checkout, wheel_files):
-    kernels = {p.name for p in (checkout / "kernels").iterdir() if p.suffix in (".py", ".cpp", ".md")}
+    kernels = {p.name for p in (checkout / "kernels").iterdir() if p.suffix in (".py", ".cpp", ".h", ".md")}
     assert "cpu.cpp" in kernels
     assert kernel_files(wheel_files, "fastdiff/kernels/") == kernels
     assert all(size for name, size in wheel_files.items() if name.startswith("fastdiff/kernels/"))
@@ -115,7 +115,7 @@ def test_the_wheel_holds_every_kernel_as_a_real_file(checkout, wheel_files):
 def test_the_sdist_holds_every_kernel_as_a_real_file_and_the_licence(checkout, built):
     with tarfile.open(built[0]) as archive:
         members = {member.name.partition("/")[2]: member for member in archive}
-    kernels = {p.name for p in (checkout / "kernels").iterdir() if p.suffix in (".py", ".cpp", ".md")}
+    kernels = {p.name for p in (checkout / "kernels").iterdir() if p.suffix in (".py", ".cpp", ".h", ".md")}
     assert kernel_files(members, "fastdiff/kernels/") == kernels
     assert not any(member.issym() or member.islnk() for member in members.values())
     assert {"LICENSE", "README.md", "pyproject.toml"} <= members.keys()

@@ -1,0 +1,240 @@
+// group_norm.cpp's loops as an operator of torch's own kind: its arguments, its memory and its gradient without Python on the way.
+// Built by _norm_op.py against torch's headers, behind norm.h; the formulas stand in group_norm.py and group_norm_backward.py.
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstdlib>
+
+namespace {
+
+using at::Tensor;
+using Given = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+void (*forward_loop)(const Norm*);
+void (*backward_loop)(const Norm*);
+
+struct Arguments {
+  Tensor x, residual, weight, bias, scale, shift;  // undefined where there is none
+  int64_t groups;
+  double eps;
+  bool activation;
+
+  std::array<const Tensor*, 6> tensors() const { return {&x, &residual, &weight, &bias, &scale, &shift}; }
+};
+
+Arguments arguments_of(const Tensor& x, const Given& residual, const Given& weight, const Given& bias, const Given& scale,
+                       const Given& shift, int64_t groups, double eps, bool activation) {
+  const auto given = [](const Given& tensor) { return tensor.value_or(Tensor()); };
+  return {x, given(residual), given(weight), given(bias), given(scale), given(shift), groups, eps, activation};
+}
+
+// What torch dispatches on is an ordinary CPU tensor's: no subclass, view of complex numbers, tracer's or transform's tensor.
+bool is_ordinary(const Tensor& tensor) {
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet in_inference_mode({DispatchKey::CPU, DispatchKey::AutocastCPU});
+  static const auto usual = in_inference_mode | c10::DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU});
+  return tensor.key_set() == usual || tensor.key_set() == in_inference_mode;
+}
+
+bool is_float(const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+// Whether the channels lie last in memory.
+bool lies_last(const Tensor& x) {
+  int64_t expected = 1;
+  const auto next = [&](int64_t dim) {
+    const bool fits = x.size(dim) == 1 || x.stride(dim) == expected;
+    expected *= x.size(dim);
+    return fits;
+  };
+  bool fits = next(1);
+  for (int64_t dim = x.dim() - 1; dim > 1; dim--) fits = next(dim) && fits;
+  return next(0) && fits;
+}
+
+// Whether the loops can read these operands as they lie. What they cannot, and what is wrong, takes the long way.
+bool is_direct(const Arguments& a) {
+  const char* backend = std::getenv("FASTDIFF_BACKEND");  // here, as Python takes ten times as long to look
+  if (backend && *backend) return false;
+  for (const Tensor* tensor : a.tensors())
+    if (tensor->defined() && !(is_ordinary(*tensor) && is_float(*tensor))) return false;
+  const auto& x = a.x;
+  if (x.dim() < 2 || x.dim() > 5 || x.numel() == 0 || !(x.is_contiguous() || lies_last(x))) return false;
+  const int64_t batch = x.size(0), channels = x.size(1);
+  if (a.groups < 1 || channels % a.groups || !(a.eps > 0 && std::isfinite(a.eps))) return false;
+  const auto& r = a.residual;
+  if (r.defined() && (r.sizes() != x.sizes() || r.strides() != x.strides() || r.scalar_type() != x.scalar_type())) return false;
+  for (const Tensor* vector : {&a.weight, &a.bias})
+    if (vector->defined() && (vector->dim() != 1 || vector->size(0) != channels)) return false;
+  for (const Tensor* each : {&a.scale, &a.shift})
+    if (each->defined() && (each->dim() != 2 || each->size(1) != channels || (each->size(0) != batch && each->size(0) != 1)))
+      return false;
+  return true;
+}
+
+Tensor room(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat).device(at::kCPU)); }
+
+// Tensor::to takes a fifth of a microsecond to find that there is nothing to do.
+Tensor as_type(const Tensor& tensor, at::ScalarType type) { return tensor.scalar_type() == type ? tensor : tensor.to(type); }
+Tensor in_float32(const Tensor& tensor) { return as_type(tensor, at::kFloat); }
+
+// A vector as the loops read it: float32, its numbers side by side.
+Tensor readable(const Tensor& vector) {
+  if (!vector.defined()) return vector;
+  const Tensor found = in_float32(vector);
+  return found.size(-1) == 1 || found.stride(-1) == 1 ? found : found.contiguous();
+}
+
+float* address(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; }
+
+// x + residual, the parameters, and a call of a loop on them, which they must outlive.
+struct Call {
+  Tensor v, weight, bias, scale, shift;
+  Norm norm{};
+
+  explicit Call(const Arguments& a)
+      : v(in_float32(a.x)), weight(readable(a.weight)), bias(readable(a.bias)), scale(readable(a.scale)), shift(readable(a.shift)) {
+    if (a.residual.defined()) v = v.add(in_float32(a.residual));
+    const auto step = [](const Tensor& each) { return each.defined() && each.size(0) > 1 ? each.stride(0) : 0; };
+    norm.x = address(v), norm.weight = address(weight), norm.bias = address(bias);
+    norm.scale = address(scale), norm.shift = address(shift);
+    norm.scale_step = step(scale), norm.shift_step = step(shift);
+    norm.batch = v.size(0), norm.channels = v.size(1), norm.n = v.numel() / (norm.batch * norm.channels);
+    norm.groups = a.groups, norm.eps = a.eps, norm.activation = a.activation;
+    norm.last = !v.is_contiguous(), norm.threads = at::get_num_threads();
+  }
+};
+
+Tensor forward(const Arguments& a, const Tensor& mean, const Tensor& rstd) {
+  Call call(a);
+  const Tensor y = at::empty_like(call.v);
+  call.norm.y = address(y), call.norm.mean = address(mean), call.norm.rstd = address(rstd);
+  forward_loop(&call.norm);
+  return as_type(y, a.x.scalar_type());
+}
+
+// dv, and [2, B, C]: the sums over positions of dh and of dh times the normalised v.
+std::pair<Tensor, Tensor> backward(const Arguments& a, const Tensor& mean, const Tensor& rstd, const Tensor& given) {
+  Call call(a);
+  Tensor grad = in_float32(given);
+  if (grad.strides() != call.v.strides()) grad = at::empty_like(call.v).copy_(grad);
+  const Tensor grad_x = at::empty_like(call.v), sums = room({2, call.norm.batch, call.norm.channels});
+  call.norm.mean = address(mean), call.norm.rstd = address(rstd), call.norm.grad = address(grad);
+  call.norm.grad_x = address(grad_x), call.norm.sums = address(sums);
+  backward_loop(&call.norm);
+  return {as_type(grad_x, a.x.scalar_type()), sums};
+}
+
+// The gradients of x, residual, weight, bias, scale and shift from what the loop leaves, as _norm.py has them.
+variable_list gradients(const Arguments& a, const Tensor& grad_x, const Tensor& sums, const std::array<bool, 6>& wanted) {
+  variable_list found(6);
+  const auto& [x, residual, weight, bias, scale, shift, groups, eps, activation] = a;
+  found[0] = grad_x;
+  if (wanted[1]) found[1] = wanted[0] ? grad_x.clone() : grad_x;
+  if (wanted[2] || wanted[3]) {
+    const Tensor each = scale.defined() ? sums.mul(scale) : sums;
+    const Tensor over_batch = each.size(1) == 1 ? each.select(1, 0) : each.sum(1);
+    if (wanted[2]) found[2] = as_type(over_batch.select(0, 1), weight.scalar_type());
+    if (wanted[3]) found[3] = as_type(over_batch.select(0, 0), bias.scalar_type());
+  }
+  if (wanted[4]) {
+    Tensor by_scale = sums.select(0, 1);
+    if (weight.defined()) by_scale = by_scale.mul(weight);
+    if (bias.defined()) by_scale = by_scale.add(sums.select(0, 0).mul(bias));
+    found[4] = as_type(by_scale.sum_to_size(scale.sizes()), scale.scalar_type());
+  }
+  if (wanted[5]) found[5] = as_type(sums.select(0, 0).sum_to_size(shift.sizes()), shift.scalar_type());
+  return found;
+}
+
+// The same operator as Python registers it, for a gradient that is no ordinary tensor, such as vmap's.
+std::pair<Tensor, Tensor> backward_by_operator(const Arguments& a, const Tensor& mean, const Tensor& rstd, const Tensor& grad) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Given&,
+                                               const Given&, const Given&, const Given&, const Given&, int64_t, double, bool);
+  static const auto backward_op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastdiff::group_norm_silu_backward", "").typed<Signature>();
+  const auto given = [](const Tensor& tensor) { return tensor.defined() ? Given(tensor) : Given(); };
+  const auto [grad_x, sums] = backward_op.call(grad, mean, rstd, a.x, given(a.residual), given(a.weight), given(a.bias),
+                                               given(a.scale), given(a.shift), a.groups, a.eps, a.activation);
+  return {grad_x, sums};
+}
+
+struct Differentiable : torch::autograd::Function<Differentiable> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Given& residual, const Given& weight, const Given& bias,
+                        const Given& scale, const Given& shift, int64_t groups, double eps, bool activation) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto a = arguments_of(x, residual, weight, bias, scale, shift, groups, eps, activation);
+    const Tensor mean = room({x.size(0), groups}), rstd = room({x.size(0), groups});
+    // what the operator saves for its own gradient: checkpointing may meet one the first time and the other the second
+    context->save_for_backward({mean, rstd, x, a.residual, a.weight, a.bias, a.scale, a.shift});
+    context->saved_data["groups"] = groups;
+    context->saved_data["eps"] = eps;
+    context->saved_data["activation"] = activation;
+    return ::forward(a, mean, rstd);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const bool is_differentiated_again = at::GradMode::is_enabled();
+    const at::AutoGradMode no_grad(false);
+    const auto saved = context->get_saved_variables();
+    const Arguments a{saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], context->saved_data["groups"].toInt(),
+                      context->saved_data["eps"].toDouble(), context->saved_data["activation"].toBool()};
+    const auto run = is_ordinary(grads[0]) ? ::backward : backward_by_operator;
+    const auto [grad_x, sums] = run(a, saved[0], saved[1], grads[0]);
+    std::array<bool, 6> wanted{};
+    size_t edge = 0;
+    for (size_t i = 0; i < wanted.size(); i++)
+      if (a.tensors()[i]->defined()) wanted[i] = context->needs_input_grad(edge++);
+    variable_list found = gradients(a, grad_x, sums, wanted);
+    if (is_differentiated_again) {
+      const at::AutoGradMode grad(true);
+      for (auto& each : found)
+        if (each.defined()) each = each.detach().requires_grad_();
+      const auto message = "group_norm_silu has no second derivative; use torch's group_norm and silu for it";
+      found = (*std::make_shared<torch::autograd::DelayedError>(message, found.size()))(std::move(found));
+    }
+    found.resize(9);
+    return found;
+  }
+};
+
+// An undefined tensor, Python's None, where the operands need the long way.
+Tensor group_norm_silu(const Tensor& x, const Given& residual, const Given& weight, const Given& bias, const Given& scale,
+                       const Given& shift, int64_t groups, double eps, bool activation) {
+  const auto a = arguments_of(x, residual, weight, bias, scale, shift, groups, eps, activation);
+  if (!is_direct(a)) return Tensor();
+  if (at::GradMode::is_enabled())
+    for (const Tensor* tensor : a.tensors())
+      if (tensor->defined() && tensor->requires_grad())
+        return Differentiable::apply(x, residual, weight, bias, scale, shift, groups, eps, activation);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return forward(a, Tensor(), Tensor());
+}
+
+}  // namespace
+
+// Registers the operator, once in a process; a message where torch refuses it.
+extern "C" const char* fd_register(void (*forward)(const Norm*), void (*backward)(const Norm*)) {
+  static std::string refusal;
+  static std::unique_ptr<torch::Library> library;
+  try {
+    forward_loop = forward, backward_loop = backward;
+    library = std::make_unique<torch::Library>(torch::Library::FRAGMENT, "fastdiff", std::nullopt, __FILE__, __LINE__);
+    library->def(
+        "group_norm_silu_direct(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+        "int groups, float eps, bool activation) -> Tensor");
+    for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU})
+      library->impl("group_norm_silu_direct", torch::dispatch(key, TORCH_FN(group_norm_silu)));
+  } catch (const std::exception& error) {
+    refusal = error.what();
+    return refusal.c_str();
+  }
+  return nullptr;
+}
