@@ -16,7 +16,7 @@ import fastdiff as fd
 from benchmarks.bench_memory import peak_bytes
 from benchmarks.bench_step import compiled
 from benchmarks.record import Comparison, Quantity, compare
-from fastdiff.kernels import _norm_op, cpu
+from fastdiff.kernels import _torch_ops, cpu
 
 IMAGES = {  # [B, C, H, W] and groups
     "1x64x8x8": ((1, 64, 8, 8), 16),
@@ -78,7 +78,7 @@ def _with_gradient(run: Callable[[], Tensor], grad: Tensor) -> None:
 
 def norm_speed(image: str, layout: str, train: bool = False, rounds: int = 15) -> Comparison:
     """`group_norm_silu` against torch's two operators."""
-    _norm_op.operator(wait=True)
+    _torch_ops.operators(wait=True)
     what = "forward and gradient" if train else "forward"
     guard = "" if train else GUARD_NORM
     return compare(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastdiff import _dispatch
+from fastdiff import _direct, _dispatch
 from fastdiff._arguments import integers, noise_key, require
 
 _TARGETS = (None, *_dispatch.TARGETS)
@@ -123,12 +123,16 @@ def denoising_loss(
     draws = integers("draw", draw, batch, device)
     kind = 1 + _dispatch.TARGETS.index(target)
     given = (None if a is None else a.detach() for a in (weight, noise))
-    operands = (out, x0.detach(), alpha_sigma.detach(), t, key, ids, draws, kind, *given, _wants_grad(out))
+    operands = (out, x0.detach(), alpha_sigma.detach(), t, key, ids, draws, kind, *given)
+    if mask is None and device.type == "cpu" and (native := _direct.operators()) is not None:
+        found: torch.Tensor | None = native.denoising_loss(*operands)
+        if found is not None:
+            return found
     loss: torch.Tensor
     if mask is None:
-        loss = torch.ops.fastdiff.denoising_loss(*operands)[0]
+        loss = torch.ops.fastdiff.denoising_loss(*operands, _wants_grad(out))[0]
     else:
-        loss = torch.ops.fastdiff.masked_denoising_loss(*operands, mask.detach())[0]
+        loss = torch.ops.fastdiff.masked_denoising_loss(*operands, _wants_grad(out), mask.detach())[0]
     return loss
 
 

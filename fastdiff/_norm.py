@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from fastdiff import _dispatch
+from fastdiff import _direct, _dispatch
 from fastdiff._arguments import require
+from fastdiff._direct import DTYPES, lies_last
 from fastdiff._gradients import only_once
-from fastdiff._norm_direct import DTYPES, attempt, lies_last
 
 _PARAMETERS = (
     "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool activation"
@@ -65,7 +65,7 @@ def group_norm_silu(
     operands = (x, residual, weight, bias, scale, shift, num_groups, eps, activation)
     if isinstance(x, torch.Tensor):
         try:
-            if (done := attempt(operands)) is not None:
+            if (done := _direct.group_norm_silu(operands)) is not None:
                 return done
         except RuntimeError:
             _check(*operands)  # in our words

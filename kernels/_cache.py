@@ -16,6 +16,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+try:  # here and not where it is used: a child that is forked during an import waits for its end forever
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
 _UNUSED = 30 * 86400  # seconds after which a file that nobody has loaded is removed
 _ABANDONED = 3600  # and one that a killed build left
 
@@ -80,6 +85,24 @@ def intact(path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Held by one process at a time, where the system has such locks: who comes later finds `path` built."""
+    if fcntl is None:
+        yield
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    with lock.open("w") as file:
+        lock.chmod(0o600)
+        with contextlib.suppress(OSError):  # a file system without locks: both build, and the last one stays
+            fcntl.lockf(file, fcntl.LOCK_EX)  # not flock, whose lock a forked child would hold with us
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # who waits for this file has it open
+
+
+@contextlib.contextmanager
 def building(cache: Path) -> Iterator[Path]:
     """A folder in the cache to build in, removed afterwards; what is old is swept first."""
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -106,7 +129,7 @@ def used(path: Path) -> None:
 
 def sweep(cache: Path) -> None:
     """Remove what killed builds left, and compiled files that nobody has loaded for a month."""
-    for kind, age in (("build", _ABANDONED), ("cpu", _UNUSED), ("norm", _UNUSED), ("step", _UNUSED)):
+    for kind, age in (("build", _ABANDONED), ("cpu", _UNUSED), ("torch", _UNUSED), ("step", _UNUSED)):
         for old in cache.glob(f"{kind}-*"):
             with contextlib.suppress(OSError):  # another process sweeps as well
                 if time.time() - old.stat().st_mtime > age:

@@ -31,6 +31,7 @@ class Library:
         options: the compiler's, in the order in which they are tried, without those of a shared library.
         load: what `get` returns, from the loaded file.
         refused: is told in words why there is none.
+        needs: a library that is built first, and without which this one is of no use.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Library:
         options: Callable[[], Sequence[Sequence[str]]],
         load: Callable[[ctypes.CDLL], Any],
         refused: Callable[[str], None],
+        needs: Library | None = None,
     ) -> None:
         self._name, self._text, self._options, self._load, self._refused = name, text, options, load, refused
+        self._needs = needs
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._loaded: Any = None
@@ -79,6 +82,9 @@ class Library:
 
     def load(self) -> None:
         """Build where there is no file, and load it; say why not where it cannot be."""
+        if self._needs is not None and self._needs.get(wait=True) is None:
+            self._refused(f"what it needs, {self._needs._name}, is not there")
+            return
         compiler = _cache.compiler()
         path = self.file(compiler)
         if compiler is None or path is None:
@@ -86,7 +92,9 @@ class Library:
             return
         try:
             if not _cache.intact(path):
-                self._build(compiler, path)
+                with _cache.alone(path):
+                    if not _cache.intact(path):  # another process may have built it meanwhile
+                        self._build(compiler, path)
             self._loaded = self._load(ctypes.CDLL(str(path)))
         except (OSError, AttributeError, subprocess.SubprocessError) as error:
             self._refused(str(error))

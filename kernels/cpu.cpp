@@ -116,36 +116,36 @@ void fd_q_sample(float* x_t, float* target, const float* x0, const float* noise,
   });
 }
 
-// blocks of a sample of n elements: the sums that fd_denoising_loss leaves for each
 int fd_blocks(int64_t n) { return (int)((n + BLOCK - 1) / BLOCK); }
 
-// sums, totals: [batch, fd_blocks(n)]; out: [batch, lane] with lane = n or 2n; errors, noise, mask or null; a mask is float32 if
-// `wide`, else of bytes, its rows `stride` apart
 void fd_denoising_loss(double* sums, float* errors, const float* out, const float* x0, const float* noise, const float* alpha_sigma,
                        const int64_t* t, const int64_t* seed, const int64_t* sample_id, const int64_t* draw, const void* mask,
                        double* totals, int64_t batch, int64_t n, int64_t lane, int64_t levels, int64_t stride, int64_t period,
                        int64_t inner, int wide, int kind, int threads) {
   for_blocks(batch, n, threads, [=](int64_t task, int64_t b, int64_t start, int count) {
     const int64_t base = b * n + start, level = level_of(t[b], levels);
-    float drawn[BLOCK], error[BLOCK];
-    const float* z = noise ? noise + base : drawn;
+    float drawn[BLOCK], room[BLOCK], masked[BLOCK];
+    const float *z = noise ? noise + base : drawn, *x = x0 + base, *goal = kind == 1 ? z : kind == 3 ? x : room;
     if (!noise && kind != 3) normals(drawn, start, count, seed[b], sample_id[b], draw[b], DOMAIN_TRAIN);
-    fill_target(error, kind, alpha_sigma[2 * level], alpha_sigma[2 * level + 1], x0 + base, z, count);
-    for (int i = 0; i < count; i++) error[i] = out[b * lane + start + i] - error[i];
-    float masked[BLOCK];
-    const float* weighted = error;
-    if (mask) {
-      if (wide) fill_mask(masked, (const float*)mask + b * stride, start, count, period, inner);
-      else fill_mask(masked, (const uint8_t*)mask + b * stride, start, count, period, inner);
-      totals[task] = sum_of(count, [&](int i) { return masked[i]; });
-      for (int i = 0; i < count; i++) {
-        error[i] = masked[i] != 0.0f ? error[i] : 0.0f;
-        masked[i] = masked[i] * error[i];
-      }
-      weighted = masked;
+    if (goal == room) fill_target(room, kind, alpha_sigma[2 * level], alpha_sigma[2 * level + 1], x, z, count);
+    const float *__restrict from = out + b * lane + start, *__restrict to = goal;
+    float* __restrict error = errors ? errors + base : masked;
+    if (!mask) {
+      sums[task] = sum_of(count, [=](int i) {
+        const float e = from[i] - to[i];
+        error[i] = e;
+        return e * e;
+      });
+      return;
     }
-    sums[task] = sum_of(count, [&](int i) { return weighted[i] * error[i]; });
-    if (errors) std::copy(weighted, weighted + count, errors + base);
+    if (wide) fill_mask(masked, (const float*)mask + b * stride, start, count, period, inner);
+    else fill_mask(masked, (const uint8_t*)mask + b * stride, start, count, period, inner);
+    totals[task] = sum_of(count, [&](int i) { return masked[i]; });
+    sums[task] = sum_of(count, [=, &masked](int i) {
+      const float e = masked[i] != 0.0f ? from[i] - to[i] : 0.0f, weighted = masked[i] * e;
+      if (errors) errors[base + i] = weighted;
+      return weighted * e;
+    });
   });
 }
 

@@ -15,7 +15,9 @@ import torch
 from ._cpp_constants import constants
 from ._library import Library, sources
 
-_SOURCES = ("philox.cpp", "cpu.cpp", "vlb.cpp", "reverse_step.cpp", "norm.h", "group_norm.cpp")
+_SOURCES = (
+    "loops.h", "philox.cpp", "cpu.cpp", "vlb.cpp", "reverse_step.cpp", "lanes.h", "group_norm.cpp"
+)  # fmt: skip
 _OPS = [
     "normal",
     "q_sample",

@@ -1,12 +1,8 @@
-// The CPU's loops of group_norm_silu and its gradient, behind cpu.cpp and norm.h in one translation unit. A task is a sample's groups
+// The CPU's loops of group_norm_silu and its gradient, behind cpu.cpp in one translation unit. A task is a sample's groups
 // first..last of channels; formulas stand in group_norm.py and group_norm_backward.py.
-#include <array>
 #include <vector>
 
 namespace {
-
-constexpr int STRETCH = 1024, ROWS = 64, LANES = 32;  // sums of that many float32 terms or rows join in double
-template <int K> using Terms = std::array<float, K>;
 
 // one instruction where the processor has it: unlike in cpu.cpp, nothing here need have the same bits elsewhere
 inline float mul_add(float a, float b, float c) {
@@ -34,73 +30,18 @@ inline float silu_slope(float h) {
   return s * mul_add(h, 1.0f - s, 1.0f);
 }
 
-// adds to `out` the K sums of the terms from..end, a multiple of WIDTH, in as many lanes, so that the compiler need not reorder one
-template <int WIDTH, int K, class F> inline void add_lanes(std::array<double, K>& out, int64_t from, int64_t end, F term) {
-  float part[K][WIDTH] = {};
-  for (int64_t i = from; i < end; i += WIDTH)
-#pragma GCC ivdep
-    for (int lane = 0; lane < WIDTH; lane++) {
-      const Terms<K> t = term(i + lane);
-      for (int k = 0; k < K; k++) part[k][lane] += t[k];
-    }
-  for (int k = 0; k < K; k++) {
-    for (int half = WIDTH / 2; half >= 4; half /= 2)
-      for (int j = 0; j < half; j++) part[k][j] += part[k][j + half];
-    out[k] += ((double)part[k][0] + part[k][1]) + ((double)part[k][2] + part[k][3]);
-  }
-}
-
-// K sums of `count` terms
-template <int K, class F> inline std::array<double, K> sum(int64_t count, F term) {
-  std::array<double, K> out{};
-  const int64_t whole = count / LANES * LANES, sixteens = count / 16 * 16, fours = count / 4 * 4;
-  for (int64_t start = 0; start < whole; start += STRETCH)
-    add_lanes<LANES, K>(out, start, std::min<int64_t>(whole, start + STRETCH), term);
-  if (whole < sixteens) add_lanes<16, K>(out, whole, sixteens, term);
-  if (sixteens < fours) add_lanes<4, K>(out, sixteens, fours, term);
-  for (int64_t i = fours; i < count; i++) {
-    const Terms<K> t = term(i);
-    for (int k = 0; k < K; k++) out[k] += t[k];
-  }
-  return out;
-}
-
-// run(0..count), a row of a few elements in narrower vectors and not one by one
-template <class F> inline void for_row(int64_t count, F run) {
-  const int64_t whole = count / 16 * 16, fours = count / 4 * 4;
-  for (int64_t i = 0; i < whole; i++) run(i);
-  for (int64_t i = whole; i < fours; i += 4)
-#pragma GCC ivdep
-    for (int lane = 0; lane < 4; lane++) run(i + lane);
-  for (int64_t i = fours; i < count; i++) run(i);
-}
-
-// out[k][c] = the K sums over `count` rows, `width` apart by `step`, of term(index of the element, c); part: room for K rows
-template <int K, class F> inline void sum_rows(double* out, int64_t count, int64_t step, int64_t width, float* part, F term) {
-  std::fill(out, out + K * width, 0.0);
-  for (int64_t start = 0; start < count; start += ROWS) {
-    std::fill(part, part + K * width, 0.0f);
-    float* __restrict p = part;
-    const int64_t end = std::min<int64_t>(count, start + ROWS), whole = start + (end - start) / 4 * 4;
-    for (int64_t s = start; s < whole; s += 4)
-#pragma GCC ivdep
-      for (int64_t c = 0; c < width; c++) {
-        const int64_t i = s * step + c;
-        const Terms<K> t0 = term(i, c), t1 = term(i + step, c), t2 = term(i + 2 * step, c), t3 = term(i + 3 * step, c);
-        for (int k = 0; k < K; k++) p[k * width + c] += (t0[k] + t1[k]) + (t2[k] + t3[k]);
-      }
-    for (int64_t s = whole; s < end; s++)
-      for (int64_t c = 0; c < width; c++) {
-        const Terms<K> t = term(s * step + c, c);
-        for (int k = 0; k < K; k++) p[k * width + c] += t[k];
-      }
-    for (int64_t c = 0; c < K * width; c++) out[c] += p[c];
-  }
-}
-
 // how many tasks share a sample's groups where they lie side by side in memory
 inline int64_t parts_of(int64_t batch, int64_t groups, bool last, int threads) {
   return last ? (batch >= threads ? 1 : std::min<int64_t>(groups, threads)) : groups;
+}
+
+// of the sample b: the channels first..first + width, which begin with group g0, and with element `start` of the whole
+struct Task { int64_t b, g0, first, width, start; };
+
+inline Task task_of(const Norm& f, bool last, int64_t parts, int64_t task) {
+  const int64_t own = f.channels / f.groups, b = task / parts, part = task - b * parts;
+  const int64_t g0 = last ? part * f.groups / parts : part, g1 = last ? (part + 1) * f.groups / parts : g0 + 1;
+  return {b, g0, g0 * own, (g1 - g0) * own, (b * f.channels + (last ? 0 : g0 * own)) * f.n + (last ? g0 * own : 0)};
 }
 
 inline float gain_of(const Norm& f, int64_t b, int64_t c) {
@@ -122,9 +63,7 @@ template <bool last, bool activation> void forward(const Norm f) {
     float *part = room.data(), *ms = part + widest, *as = ms + widest, *os = as + widest;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * parts; task++) {
-      const int64_t b = task / parts, part_of_b = task - b * parts;
-      const int64_t g0 = last ? part_of_b * groups / parts : part_of_b, g1 = last ? (part_of_b + 1) * groups / parts : g0 + 1;
-      const int64_t first = g0 * own, width = (g1 - g0) * own, start = b * channels * n + (last ? first : first * n);
+      const auto [b, g0, first, width, start] = task_of(f, last, parts, task);
       const float* __restrict xs = f.x + start;
       float* __restrict ys = f.y + start;
       const double count = (double)(own * n);
@@ -183,9 +122,7 @@ template <bool last, bool activation> void backward(const Norm f) {
     float *ps = os + widest, *qs = ps + widest;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * parts; task++) {
-      const int64_t b = task / parts, part_of_b = task - b * parts;
-      const int64_t g0 = last ? part_of_b * groups / parts : part_of_b, g1 = last ? (part_of_b + 1) * groups / parts : g0 + 1;
-      const int64_t first = g0 * own, width = (g1 - g0) * own, start = b * channels * n + (last ? first : first * n);
+      const auto [b, g0, first, width, start] = task_of(f, last, parts, task);
       const float *__restrict xs = f.x + start, *__restrict gs = f.grad + start;
       float* __restrict out = f.grad_x + start;
       for (int64_t c = 0; c < width; c++) {

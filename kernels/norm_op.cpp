@@ -1,22 +1,6 @@
-// group_norm.cpp's loops as an operator of torch's own kind: its arguments, its memory and its gradient without Python on the way.
-// Built by _norm_op.py against torch's headers, behind norm.h; the formulas stand in group_norm.py and group_norm_backward.py.
-#include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/library.h>
-
-#include <cmath>
-#include <cstdlib>
+// group_norm_silu of torch_ops.cpp; the formulas stand in group_norm.py and group_norm_backward.py.
 
 namespace {
-
-using at::Tensor;
-using Given = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-void (*forward_loop)(const Norm*);
-void (*backward_loop)(const Norm*);
 
 struct Arguments {
   Tensor x, residual, weight, bias, scale, shift;  // undefined where there is none
@@ -29,16 +13,7 @@ struct Arguments {
 
 Arguments arguments_of(const Tensor& x, const Given& residual, const Given& weight, const Given& bias, const Given& scale,
                        const Given& shift, int64_t groups, double eps, bool activation) {
-  const auto given = [](const Given& tensor) { return tensor.value_or(Tensor()); };
-  return {x, given(residual), given(weight), given(bias), given(scale), given(shift), groups, eps, activation};
-}
-
-// What torch dispatches on is an ordinary CPU tensor's: no subclass, view of complex numbers, tracer's or transform's tensor.
-bool is_ordinary(const Tensor& tensor) {
-  using c10::DispatchKey;
-  static const c10::DispatchKeySet in_inference_mode({DispatchKey::CPU, DispatchKey::AutocastCPU});
-  static const auto usual = in_inference_mode | c10::DispatchKeySet({DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU});
-  return tensor.key_set() == usual || tensor.key_set() == in_inference_mode;
+  return {x, or_none(residual), or_none(weight), or_none(bias), or_none(scale), or_none(shift), groups, eps, activation};
 }
 
 bool is_float(const Tensor& tensor) {
@@ -61,8 +36,7 @@ bool lies_last(const Tensor& x) {
 
 // Whether the loops can read these operands as they lie. What they cannot, and what is wrong, takes the long way.
 bool is_direct(const Arguments& a) {
-  const char* backend = std::getenv("FASTDIFF_BACKEND");  // here, as Python takes ten times as long to look
-  if (backend && *backend) return false;
+  if (is_chosen()) return false;
   for (const Tensor* tensor : a.tensors())
     if (tensor->defined() && !(is_ordinary(*tensor) && is_float(*tensor))) return false;
   const auto& x = a.x;
@@ -79,20 +53,12 @@ bool is_direct(const Arguments& a) {
   return true;
 }
 
-Tensor room(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat).device(at::kCPU)); }
-
-// Tensor::to takes a fifth of a microsecond to find that there is nothing to do.
-Tensor as_type(const Tensor& tensor, at::ScalarType type) { return tensor.scalar_type() == type ? tensor : tensor.to(type); }
-Tensor in_float32(const Tensor& tensor) { return as_type(tensor, at::kFloat); }
-
 // A vector as the loops read it: float32, its numbers side by side.
 Tensor readable(const Tensor& vector) {
   if (!vector.defined()) return vector;
   const Tensor found = in_float32(vector);
   return found.size(-1) == 1 || found.stride(-1) == 1 ? found : found.contiguous();
 }
-
-float* address(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; }
 
 // x + residual, the parameters, and a call of a loop on them, which they must outlive.
 struct Call {
@@ -116,7 +82,7 @@ Tensor forward(const Arguments& a, const Tensor& mean, const Tensor& rstd) {
   Call call(a);
   const Tensor y = at::empty_like(call.v);
   call.norm.y = address(y), call.norm.mean = address(mean), call.norm.rstd = address(rstd);
-  forward_loop(&call.norm);
+  loops.norm(&call.norm);
   return as_type(y, a.x.scalar_type());
 }
 
@@ -128,7 +94,7 @@ std::pair<Tensor, Tensor> backward(const Arguments& a, const Tensor& mean, const
   const Tensor grad_x = at::empty_like(call.v), sums = room({2, call.norm.batch, call.norm.channels});
   call.norm.mean = address(mean), call.norm.rstd = address(rstd), call.norm.grad = address(grad);
   call.norm.grad_x = address(grad_x), call.norm.sums = address(sums);
-  backward_loop(&call.norm);
+  loops.norm_backward(&call.norm);
   return {as_type(grad_x, a.x.scalar_type()), sums};
 }
 
@@ -193,13 +159,8 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
     for (size_t i = 0; i < wanted.size(); i++)
       if (a.tensors()[i]->defined()) wanted[i] = context->needs_input_grad(edge++);
     variable_list found = gradients(a, grad_x, sums, wanted);
-    if (is_differentiated_again) {
-      const at::AutoGradMode grad(true);
-      for (auto& each : found)
-        if (each.defined()) each = each.detach().requires_grad_();
-      const auto message = "group_norm_silu has no second derivative; use torch's group_norm and silu for it";
-      found = (*std::make_shared<torch::autograd::DelayedError>(message, found.size()))(std::move(found));
-    }
+    if (is_differentiated_again)
+      found = only_once(std::move(found), "group_norm_silu has no second derivative; use torch's group_norm and silu for it");
     found.resize(9);
     return found;
   }
@@ -219,22 +180,3 @@ Tensor group_norm_silu(const Tensor& x, const Given& residual, const Given& weig
 }
 
 }  // namespace
-
-// Registers the operator, once in a process; a message where torch refuses it.
-extern "C" const char* fd_register(void (*forward)(const Norm*), void (*backward)(const Norm*)) {
-  static std::string refusal;
-  static std::unique_ptr<torch::Library> library;
-  try {
-    forward_loop = forward, backward_loop = backward;
-    library = std::make_unique<torch::Library>(torch::Library::FRAGMENT, "fastdiff", std::nullopt, __FILE__, __LINE__);
-    library->def(
-        "group_norm_silu_direct(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
-        "int groups, float eps, bool activation) -> Tensor");
-    for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU})
-      library->impl("group_norm_silu_direct", torch::dispatch(key, TORCH_FN(group_norm_silu)));
-  } catch (const std::exception& error) {
-    refusal = error.what();
-    return refusal.c_str();
-  }
-  return nullptr;
-}

@@ -21,7 +21,7 @@ LAYERS = {
     0: "files pictures timing _arguments _overlaps",
     1: "schedule spacing levels clip table",
     2: "solvers plots words",
-    3: "_gradients _dispatch _losses _norm_direct _norm _step ops nn",
+    3: "_gradients _direct _dispatch _losses _norm _step ops nn",
     4: "editing lanes anatomy chain packages compiled graph execution sampler train likelihood "
     "_fake _capture_rules capture optimization",
     5: "engine generate shares adapters",

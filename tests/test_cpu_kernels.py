@@ -34,19 +34,39 @@ def expected() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that two processes filled at the same time."""
+def raced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache that two processes filled at the same time, and a note of each compilation."""
     library()
-    cache = tmp_path_factory.mktemp("home") / "cache"
+    home = tmp_path_factory.mktemp("home")
+    noted, real = home / "noted", " ".join(map(shlex.quote, _cache.compiler() or ()))
+    noting = home / "noting"
+    noting.write_text(f'#!/bin/sh\necho once >> {shlex.quote(str(noted))}\nexec {real} "$@"\n')
+    noting.chmod(0o700)
     code = "from fastdiff.kernels import cpu; raise SystemExit(cpu.library(wait=True) is None)"
-    environment = os.environ | {"FASTDIFF_CACHE": str(cache)}
+    environment = os.environ | {"FASTDIFF_CACHE": str(home / "cache"), "CXX": str(noting)}
     racing = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in racing] == [0, 0]
-    return cache
+    return home
+
+
+@pytest.fixture(scope="module")
+def built(raced: Path) -> Path:
+    """The same cache, for the compiler that tests have."""
+    (made,) = (raced / "cache").glob("*.so")
+    here = cpu.kernels.file(_cache.compiler())
+    assert here is not None
+    for suffix in (".so", ".sha256"):
+        made.with_suffix(suffix).rename(made.with_name(here.stem + suffix))
+    return raced / "cache"
 
 
 def test_two_processes_that_build_at_once_leave_one_library_and_its_digest(built: Path) -> None:
     assert sorted(path.suffix for path in built.iterdir()) == [".sha256", ".so"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_of_two_processes_one_builds_and_the_other_waits(raced: Path) -> None:
+    assert (raced / "noted").read_text().split() == ["once"]
 
 
 def test_cache_is_private(built: Path) -> None:

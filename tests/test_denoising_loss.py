@@ -10,8 +10,10 @@ import torch
 from kernel_cases import OTHERS, SIZES, assert_compiles_as_one_graph, assert_same_bits
 from loss_cases import operands, run
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
-from fastdiff import ops
+from fastdiff import _direct, ops
+from fastdiff.kernels import _torch_ops
 from fastdiff.kernels import denoising_loss as module
 from fastdiff.kernels.denoising_loss import denoising_loss_reference, denoising_loss_torch
 
@@ -122,6 +124,7 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph() -> None:
 
 
 def test_gradient_is_not_made_where_nobody_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff._direct.operators", lambda: None)
     f, wanted = operands(12, batch=3), []
     original = module.denoising_loss_torch
     monkeypatch.setattr(
@@ -233,7 +236,66 @@ def test_gradient_of_a_float16_network_does_not_underflow_however_large_the_imag
     assert relative < 1e-3
 
 
-def test_second_derivative_is_refused_not_taken_for_zero() -> None:
+def by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send what follows by the operator in Python, or by the one of torch's own kind and no other."""
+    native = _torch_ops.operators(wait=True) or pytest.skip("needs a C++ compiler")
+    if way == "operator":
+        monkeypatch.setattr(_direct, "operators", lambda: None)
+        return
+
+    def direct(*operands: Any) -> torch.Tensor:
+        loss = native.denoising_loss(*operands)
+        assert loss is not None
+        return loss
+
+    monkeypatch.setattr(_direct, "operators", lambda: native._replace(denoising_loss=direct))
+
+
+@pytest.mark.parametrize("target", ["eps", "v", "x0"])
+@pytest.mark.parametrize("options", [{}, {"weighted": True}, {"given_noise": True}], ids=str)
+def test_both_ways_to_the_loop_give_the_same_bits(
+    target: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = operands(1823, **options)
+    given = dict(weight=f.weight, noise=f.noise, target=target)
+    found = []
+    for way in ("operator", "direct"):
+        with monkeypatch.context() as patch:
+            by(way, patch)
+            out = f.out.view(4, 1, 1823).clone().requires_grad_()
+            x0 = f.x0.view(4, 1, 1823)
+            given["noise"] = f.noise if f.noise is None else f.noise.view(4, 1, 1823)
+            loss = ops.denoising_loss(out, x0, f.alpha_sigma, f.t, f.seed, f.sample_id, f.draw, **given)
+            kept = torch.autograd.grad(loss.square().sum(), out, retain_graph=True)[0]
+            found.append((loss.detach(), kept, torch.autograd.grad(loss.square().sum(), out)[0]))
+            with torch.no_grad():
+                plain = ops.denoising_loss(out, x0, f.alpha_sigma, f.t, f.seed, f.sample_id, f.draw, **given)
+            assert_same_bits(plain, loss.detach())
+            assert_same_bits(kept, found[-1][2])
+    for one, other in zip(*found, strict=True):
+        assert_same_bits(one, other)
+
+
+def test_checkpointing_survives_the_end_of_the_background_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved for the gradient is the same before torch's own kind of operator is there and after."""
+    f = operands(12, weighted=True)
+    key = (f.seed, f.sample_id, f.draw)
+    out = f.out.clone().requires_grad_()
+
+    def loss(out: torch.Tensor) -> torch.Tensor:
+        return ops.denoising_loss(out.sin(), f.x0, f.alpha_sigma, f.t, *key, weight=f.weight)
+
+    with monkeypatch.context() as patch:
+        by("operator", patch)
+        expected = torch.autograd.grad(loss(out).sum(), out)[0]
+        kept = checkpoint(loss, out, use_reentrant=False)
+    by("direct", monkeypatch)
+    assert_same_bits(torch.autograd.grad(kept.sum(), out)[0], expected)
+
+
+@pytest.mark.parametrize("way", ["operator", "direct"])
+def test_second_derivative_is_refused_not_taken_for_zero(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    by(way, monkeypatch)
     f = operands(12, batch=3)
     out = f.out.clone().requires_grad_()
     loss = ops.denoising_loss(out, f.x0, f.alpha_sigma, f.t, 0, None, 0)
@@ -242,9 +304,12 @@ def test_second_derivative_is_refused_not_taken_for_zero() -> None:
         (loss.sum() + grad.square().sum()).backward()
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_gradients_of_many_sums_at_once_are_those_of_each(learned: bool) -> None:
+@pytest.mark.parametrize(("way", "learned"), [("operator", False), ("operator", True), ("direct", False)])
+def test_gradients_of_many_sums_at_once_are_those_of_each(
+    way: str, learned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`is_grads_batched`, as torch.autograd.functional.jacobian(vectorize=True) has it."""
+    by(way, monkeypatch)
     f = operands(12, batch=3)
     out = (torch.cat([f.out, f.out], 1) if learned else f.out.clone()).requires_grad_()
     loss = ops.denoising_loss(out, f.x0, f.alpha_sigma, f.t, 0, None, 0)

@@ -18,8 +18,8 @@ from operators import Operators
 from test_group_norm import BARE, FULL, SHAPES, assert_formula, exact_of, operands
 from torch.utils.checkpoint import checkpoint
 
-from fastdiff import _norm_direct, ops
-from fastdiff.kernels import _norm_op
+from fastdiff import _direct, ops
+from fastdiff.kernels import _torch_ops
 
 ROOT = Path(__file__).parents[1]
 WAYS = ("operator", "direct", "torch")
@@ -28,7 +28,7 @@ WAYS = ("operator", "direct", "torch")
 def go(way: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Send what follows one way; what is returned collects whether each call took it."""
     taken: list[bool] = []
-    native = _norm_op.operator(wait=True) or pytest.skip("needs a C++ compiler")
+    native = _torch_ops.operators(wait=True) or pytest.skip("needs a C++ compiler")
 
     def counting(run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*operands: Any) -> Any:
@@ -39,14 +39,14 @@ def go(way: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return call
 
     if way == "operator":
-        monkeypatch.setattr("fastdiff._norm.attempt", counting(lambda operands: None))
+        monkeypatch.setattr(_direct, "group_norm_silu", counting(lambda operands: None))
     if way == "direct":
-        direct = counting(native)
-        monkeypatch.setattr(_norm_op, "operator", lambda: direct)
+        direct = native._replace(group_norm_silu=counting(native.group_norm_silu))
+        monkeypatch.setattr(_torch_ops, "operators", lambda: direct)
     if way == "torch":
-        monkeypatch.setattr(_norm_op, "operator", lambda: None)
-        monkeypatch.setattr(_norm_op.library, "is_coming", lambda: False)
-        monkeypatch.setattr(_norm_direct, "_by_torch", counting(_norm_direct._by_torch))
+        monkeypatch.setattr(_torch_ops, "operators", lambda: None)
+        monkeypatch.setattr(_torch_ops.library, "is_coming", lambda: False)
+        monkeypatch.setattr(_direct, "_by_torch", counting(_direct._by_torch))
     return taken
 
 
@@ -270,7 +270,7 @@ def test_a_compiler_that_fails_on_torchs_headers_leaves_torchs_operators(tmp_pat
 import logging, os
 import torch
 from fastdiff import ops
-from fastdiff.kernels import _cache, _norm_op, cpu
+from fastdiff.kernels import _cache, _torch_ops, cpu
 logging.getLogger("fastdiff").addHandler(handler := logging.Handler())
 said = []
 handler.emit = lambda record: said.append((record.levelname, record.getMessage()))
@@ -278,7 +278,7 @@ logging.getLogger("fastdiff").setLevel(logging.INFO)
 x = torch.randn(2, 8, 5, requires_grad=True)
 early = ops.group_norm_silu(x, 4)
 assert cpu.library(wait=True) is not None
-assert _norm_op.operator(wait=True) is None
+assert _torch_ops.operators(wait=True) is None
 ((level, line),) = said
 assert level == "INFO" and "could not be built" in line, said
 late = ops.group_norm_silu(x, 4)
@@ -286,7 +286,7 @@ assert torch.allclose(early, late, rtol=1e-5, atol=1e-6)
 assert late.grad_fn.name() == "SiluBackward0", late.grad_fn
 """
     refusing = tmp_path / "g++"
-    refusing.write_text('#!/bin/sh\ncase "$*" in *norm.cpp*) exit 1;; esac\nexec g++ "$@"\n')
+    refusing.write_text('#!/bin/sh\ncase "$*" in *torch.cpp*) exit 1;; esac\nexec g++ "$@"\n')
     refusing.chmod(0o700)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=100,
@@ -301,8 +301,8 @@ def test_a_forked_child_uses_the_operator() -> None:
 import os
 import torch
 from fastdiff import ops
-from fastdiff.kernels import _norm_op
-_norm_op.operator(wait=True)
+from fastdiff.kernels import _torch_ops
+_torch_ops.operators(wait=True)
 x = torch.randn(1, 8, 5)
 y = ops.group_norm_silu(x, 4)
 child = os.fork()
@@ -324,9 +324,9 @@ def test_an_ordinary_gradient_goes_straight_to_the_loop(monkeypatch: pytest.Monk
 
 def test_checkpointing_survives_the_end_of_the_background_build(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is saved for the gradient is the same before the compiled loop is there and after."""
-    native, is_there = _norm_op.operator(wait=True) or pytest.skip("needs a C++ compiler"), []
-    monkeypatch.setattr(_norm_op, "operator", lambda: native if is_there else None)
-    monkeypatch.setattr(_norm_op.library, "is_coming", lambda: not is_there)
+    native, is_there = _torch_ops.operators(wait=True) or pytest.skip("needs a C++ compiler"), []
+    monkeypatch.setattr(_torch_ops, "operators", lambda: native if is_there else None)
+    monkeypatch.setattr(_torch_ops.library, "is_coming", lambda: not is_there)
     x, weight, scale = (torch.randn(*s, requires_grad=True) for s in ((2, 8, 5), (8,), (2, 8)))
 
     def layer(x: torch.Tensor) -> torch.Tensor:
@@ -356,8 +356,8 @@ from torch.autograd import forward_ad
 %s
 import fastdiff
 from fastdiff import ops
-from fastdiff.kernels import _norm_op
-_norm_op.operator(wait=True)
+from fastdiff.kernels import _torch_ops
+_torch_ops.operators(wait=True)
 x = torch.randn(2, 8, 5, requires_grad=True)
 y = ops.group_norm_silu(x, 4)
 h = torch.nn.functional.silu(torch.group_norm(x, 4))

@@ -9,7 +9,7 @@ import torch
 from kernel_cases import assert_same_bits, random_table
 
 from fastdiff import ops
-from fastdiff.kernels import _norm_op
+from fastdiff.kernels import _torch_ops
 
 SHAPE = (3, 4, 5)
 
@@ -60,7 +60,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 @pytest.mark.parametrize("name", cases())
 def test_strides_change_no_bit(name: str) -> None:
-    _norm_op.operator(wait=True)
+    _torch_ops.operators(wait=True)
     run, given = cases()[name]
     expected = run(**given)
     actual = run(**{k: spread(a) for k, a in given.items()})

@@ -1,8 +1,7 @@
-"""`group_norm_silu` on CPU tensors without the way through an operator in Python, which costs 40 µs.
+"""The CPU's operators without the way through Python, which costs 40 µs and 100 more with a gradient.
 
 Where nobody looks on (a compiler, a tracer, a transform, a mode), an operator of torch's own kind takes the
-call; until that is built, and where it cannot be, torch's group_norm and SiLU do. A compiler or an exporter
-always sees the one operator.
+call, once it is built (kernels/_torch_ops.py). Who looks on always sees the one operator.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastdiff.kernels import _norm_op
+from fastdiff.kernels import _torch_ops
 from fastdiff.kernels._group_norm_cpu import affine_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,20 +38,29 @@ _intercepting: Any = getattr(torch._C, "_dispatch_tls_local_include_set", None)
 _has_looks = None not in (*_UNWATCHED, _intercepting, getattr(forward_ad, "_current_level", None))
 
 
-def attempt(operands: Operands) -> torch.Tensor | None:
+def operators() -> _torch_ops.Operators | None:
+    """Those of torch's own kind, where nothing looks on; built in the background from the first call on."""
+    if torch.compiler.is_compiling() or not _has_looks:
+        return None
+    if _intercepting().raw_repr() not in _UNWATCHED or forward_ad._current_level >= 0:
+        return None
+    return _torch_ops.operators()
+
+
+def group_norm_silu(operands: Operands) -> torch.Tensor | None:
     """The operator's result; None where the operands, valid or not, or the surroundings need the long way.
+
+    Until the operator is there, and where it cannot be built, torch's group_norm and SiLU take the call.
 
     Raises:
         RuntimeError: torch's, for an operand that is none of its kind.
     """
     if torch.compiler.is_compiling() or not operands[0].is_cpu:
         return None
-    native = _norm_op.operator()
-    if native is None:
-        return _by_torch(operands)
-    if _has_looks and _intercepting().raw_repr() in _UNWATCHED and forward_ad._current_level < 0:
-        return native(*operands)
-    return None
+    if (native := operators()) is not None:
+        found: torch.Tensor | None = native.group_norm_silu(*operands)
+        return found
+    return None if _torch_ops.operators() else _by_torch(operands)
 
 
 def _by_torch(operands: Operands) -> torch.Tensor | None:
@@ -67,7 +75,7 @@ def _by_torch(operands: Operands) -> torch.Tensor | None:
         return None
     wants_grad = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in operands[:6])
     # checkpointing runs this again, and must find the same tensors saved when the build has ended by then
-    if wants_grad and _norm_op.library.is_coming():
+    if wants_grad and _torch_ops.library.is_coming():
         return None
     for a in (scale, shift):
         if a is not None and (a.shape not in (x.shape[:2], (1, x.shape[1])) or a.dtype not in DTYPES):
