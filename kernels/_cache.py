@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-try:  # here and not where it is used: a child that is forked during an import waits for its end forever
+try:
     import fcntl
 except ImportError:
     fcntl = None  # type: ignore[assignment]

@@ -62,10 +62,13 @@ class Library:
             return None
         with self._lock:
             if self._thread is None:
+                # looked for before the thread begins, for what that imports: a child that is forked while
+                # another thread imports a module waits for its end forever
+                is_cached = self._is_cached()
                 # a daemon: a process that ends before its compiler does not wait for it
                 self._thread = threading.Thread(target=self.load, name="fastdiff-build", daemon=True)
                 self._thread.start()
-                wait = wait or self._is_cached()  # loading takes milliseconds
+                wait = wait or is_cached  # loading takes milliseconds
         if wait:
             self._thread.join()
         return self._loaded
@@ -111,6 +114,8 @@ class Library:
 
     def _is_cached(self) -> bool:
         """Whether there is something to load."""
+        if self._needs is not None and not self._needs._is_cached():
+            return False
         path = self.file(_cache.compiler())
         return path is not None and path.exists()
 
