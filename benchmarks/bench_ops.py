@@ -16,7 +16,7 @@ import fastdiff as fd
 from benchmarks.bench_memory import peak_bytes
 from benchmarks.bench_step import compiled
 from benchmarks.record import Comparison, Quantity, compare
-from fastdiff.kernels import _torch_ops, cpu
+from fastdiff.kernels import _torch_ops
 
 IMAGES = {  # [B, C, H, W] and groups
     "1x64x8x8": ((1, 64, 8, 8), 16),
@@ -103,7 +103,7 @@ def loss_variants(
     Raises:
         AssertionError: the two losses or gradients differ by more than float32's rounding.
     """
-    cpu.library(wait=True)
+    _torch_ops.operators(wait=True)
     levels = torch.stack([torch.linspace(1, 0, 10), torch.linspace(0, 1, 10)], 1).to(device)
     t = torch.arange(shape[0], device=device) % 10
     key = (*fd.ops.noise_key(0, shape[0], None, device), torch.zeros_like(t))

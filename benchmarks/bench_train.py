@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import fastdiff as fd
 from benchmarks.bench_memory import peak_bytes
 from benchmarks.record import Comparison, Quantity, compare
-from fastdiff.kernels import cpu
+from fastdiff.kernels import _torch_ops, cpu
 from fastdiff.train import TrainConfig, draws, load_data
 from fastdiff.train.feed import Part
 from fastdiff.train.ranks import Ranks
@@ -132,7 +132,6 @@ def batch_of(step: int, samples: int) -> slice:
 
 def step_variants(compiled: bool) -> dict[str, Callable[[], Any]]:
     """A step of training by each recipe; with `compiled`, diffusers' and ours by torch.compile as well."""
-    cpu.library(wait=True)
     model, made = fd.UNet.from_pretrained("digits"), losses()
     variants: dict[str, Callable[[], Any]] = {
         **{name: Recipe(name, model, made[name]) for name in RECIPES[:2]},
@@ -166,7 +165,7 @@ class Ready:
 def objective_speed(shape: tuple[int, ...] = (16, 3, 250, 250), rounds: int = 15) -> Comparison:
     """The loss and its gradient with a network that costs nothing: x_t, noise, target, squares, gradient."""
     check()
-    cpu.library(wait=True)
+    _torch_ops.operators(wait=True)
     x0, t, model = torch.zeros(shape), torch.arange(shape[0]), Ready(shape)
 
     def variant(loss: Loss) -> Callable[[], None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdiff._overlaps import overlapping
 from fastdiff.chain import evaluating
+from fastdiff.kernels import _torch_ops
 from fastdiff.ops import group_norm_silu
 
 # Weights from this size on gain at short lengths and lose nothing worth naming at others: see above.
@@ -130,6 +131,8 @@ def optimize(model: nn.Module, example: tuple[Any, ...] | None = None) -> Optimi
                 if times[1] * _GAIN <= times[0]:
                     undo.append(_reorder(module))
                     changes.append(Change(name, "weight in channels_last order", *times))
+        if pairs:
+            _torch_ops.operators(wait=True)  # or what is measured is not what will run
         for name, sequence in pairs.items():
             if name in inputs:
                 times = _measured(sequence.forward, _fused(sequence).forward, inputs[name])

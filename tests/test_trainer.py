@@ -12,10 +12,13 @@ from PIL import Image
 from torch import nn
 from training_runs import CONFIG, Tiny, log, state, tiny_data, trainer
 
+from fastdiff.kernels import _torch_ops
 from fastdiff.nn import UNet, load_config
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import Objective, TrainConfig
 from fastdiff.train.checkpoint import checkpoints
+from fastdiff.train.network import Network
+from fastdiff.train.ranks import Ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -190,6 +193,24 @@ def test_the_saved_unet_is_the_averaged_one_with_all_that_a_sampler_needs(tmp_pa
         "ema_decay": 0.999,
         "command": "x",
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "is_built", "fused"),
+    [({}, True, True), ({}, False, False), ({"compile": True}, True, False), ({"amp": "bf16"}, True, False)],
+)
+def test_an_eager_step_on_a_cpu_fuses_the_norms(options, is_built, fused, monkeypatch):
+    monkeypatch.setattr(_torch_ops, "operators", lambda wait=False: is_built or None)
+    model = UNet(1, model_channels=8, channel_mult=(1,))
+    Network(model, replace(CONFIG, **options), Ranks())
+    assert model.norm.fused is fused
+
+
+def test_who_trains_first_on_a_machine_is_told_what_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(_torch_ops, "operators", lambda wait=False: True if wait else None)
+    monkeypatch.setattr(_torch_ops.library, "is_coming", lambda: True)
+    Network(UNet(1, model_channels=8, channel_mult=(1,)), CONFIG, Ranks())
+    assert "compiling operators for this torch, once on this machine" in capsys.readouterr().err
 
 
 def test_training_lowers_the_loss(tmp_path):

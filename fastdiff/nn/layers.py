@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdiff.ops import group_norm_silu
+
 
 def num_groups(channels: int) -> int:
     """The number of groups of a GroupNorm: the largest divisor of `channels` with 4 or more in a group.
@@ -40,25 +42,53 @@ def silu_of(result: Tensor) -> Tensor:
     return F.silu(result, inplace=not result.requires_grad)
 
 
-def scale_shift_norm_silu(x: Tensor, groups: int, scale: Tensor, shift: Tensor) -> Tensor:
+class NormSiLU(nn.GroupNorm):
+    """silu(norm(x)).
+
+    Where `fused` is set and a CPU runs it eagerly, as one operator, with sums of its own order. A compiler
+    fuses the plain form with what is around it.
+    """
+
+    fused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x [B, C, H, W]."""
+        if self.fused and _is_eager_on_cpu(x):
+            return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+        return silu_of(super().forward(x))
+
+
+class ModulatedNormSiLU(nn.Module):
     """silu(scale * norm(x) + shift), where norm is a GroupNorm without parameters of its own.
 
-    Args:
-        x: [B, C, H, W].
-        scale, shift: [B, C], or [1, C] for all samples alike.
     Source: Dhariwal & Nichol 2021, section 3 (adaptive group normalisation).
     """
-    batch, channels = x.shape[:2]
-    if scale.shape[0] == 1:
-        return silu_of(F.group_norm(x, groups, scale.flatten(), shift.flatten()))
-    if batch > 0 and x.is_contiguous() and not torch.compiler.is_compiling():
-        # The batch laid out as channels makes the samples' parameters those of one call: a pass less.
-        # A compiler fuses the plain form, and could not keep the batch size dynamic in this one.
-        flat = x.view(1, batch * channels, *x.shape[2:])
-        y = F.group_norm(flat, batch * groups, scale.reshape(-1), shift.reshape(-1))
-        return silu_of(y).view_as(x)
-    y = torch.addcmul(shift[:, :, None, None], F.group_norm(x, groups), scale[:, :, None, None])
-    return silu_of(y)
+
+    fused = False  # as in NormSiLU
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Args: x [B, C, H, W]; scale, shift [B, C], or [1, C] for all samples alike."""
+        if self.fused and _is_eager_on_cpu(x):
+            return group_norm_silu(x, self.groups, scale=scale, shift=shift)
+        batch, channels = x.shape[:2]
+        if scale.shape[0] == 1:
+            return silu_of(F.group_norm(x, self.groups, scale.flatten(), shift.flatten()))
+        if batch > 0 and x.is_contiguous() and not torch.compiler.is_compiling():
+            # The batch laid out as channels makes the samples' parameters those of one call: a pass less.
+            # A compiler fuses the plain form, and could not keep the batch size dynamic in this one.
+            flat = x.view(1, batch * channels, *x.shape[2:])
+            y = F.group_norm(flat, batch * self.groups, scale.reshape(-1), shift.reshape(-1))
+            return silu_of(y).view_as(x)
+        y = torch.addcmul(shift[:, :, None, None], F.group_norm(x, self.groups), scale[:, :, None, None])
+        return silu_of(y)
+
+
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.is_cpu
 
 
 class ResidualBlock(nn.Module):
@@ -66,8 +96,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, rank: int, dropout: float) -> None:
         super().__init__()
-        self.groups = num_groups(out_channels)
-        self.norm = nn.GroupNorm(num_groups(in_channels), in_channels)
+        self.norm = NormSiLU(num_groups(in_channels), in_channels)
+        self.modulated = ModulatedNormSiLU(num_groups(out_channels))
         self.conv1 = conv(in_channels, out_channels, 3, rank)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(conv(out_channels, out_channels, 3, rank))
@@ -76,8 +106,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """Args: x [B, C, H, W]; modulation [B or 1, 2 * out_channels], scale then shift."""
         scale, shift = modulation.chunk(2, dim=1)
-        h = self.conv1(silu_of(self.norm(x)))
-        h = self.dropout(scale_shift_norm_silu(h, self.groups, scale, shift))
+        h = self.conv1(self.norm(x))
+        h = self.dropout(self.modulated(h, scale, shift))
         # Neither convolution keeps its result for the backward pass, so the sum needs no memory of its own.
         return self.conv2(h).add_(self.skip(x))
 

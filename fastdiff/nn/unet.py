@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdiff.nn.embedding import Embedding
-from fastdiff.nn.layers import Block, conv, num_groups, silu_of, zeroed
+from fastdiff.nn.layers import Block, ModulatedNormSiLU, NormSiLU, conv, num_groups, zeroed
 from fastdiff.nn.pretrained import load_pretrained, save_pretrained
 
 
@@ -110,7 +110,7 @@ class UNet(nn.Module):
                 channels = add_block(level, skip=skips.pop())
             if level > 0:
                 self.upsample.append(conv(channels, channels, 3, rank))
-        self.norm = nn.GroupNorm(num_groups(channels), channels)
+        self.norm = NormSiLU(num_groups(channels), channels)
         self.head = zeroed(conv(channels, self.out_channels, 3, rank))
         self.columns = tuple(columns)
         self.embedding = Embedding(
@@ -129,6 +129,15 @@ class UNet(nn.Module):
     def embedding_size(self) -> int:
         """Columns of what `embed` returns: scale and shift of each channel of each block."""
         return sum(self.columns)
+
+    def fuse_norms(self, fused: bool = True) -> None:
+        """Let eager passes on a CPU take each norm with its modulation and SiLU as one operator, or not.
+
+        The results differ in their last bits. With a C++ compiler a training step is up to 1.1 times as fast.
+        """
+        for module in self.modules():
+            if isinstance(module, (NormSiLU, ModulatedNormSiLU)):
+                module.fused = fused
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output.
@@ -196,7 +205,7 @@ class UNet(nn.Module):
             if level < self.num_levels - 1:
                 # To the next skip's size, not to twice this one: that is how an odd size comes back.
                 h = self.upsample[level](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
-        h = self.head(silu_of(self.norm(h)))
+        h = self.head(self.norm(h))
         return h if self.rank == 2 else h.squeeze(2)
 
     def _check_state(self, x: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdiff.nn import prediction_of
+from fastdiff.kernels import _torch_ops
+from fastdiff.nn import UNet, prediction_of
 from fastdiff.train.config import TrainConfig
 from fastdiff.train.objective import Objective
 from fastdiff.train.ranks import Ranks
@@ -29,6 +31,8 @@ class Network:
         self._model, self._ranks = model, ranks
         self._device = next(p.device for p in model.parameters() if p.requires_grad)
         self._bf16 = config.amp == "bf16"
+        if isinstance(model, UNet) and self._device.type == "cpu" and not (config.compile or self._bf16):
+            model.fuse_norms(_has_operators(ranks))
         self._called: nn.Module = Compiled(model) if config.compile else model
         self._parallel: DistributedDataParallel | None = None
 
@@ -61,6 +65,16 @@ class Network:
         alone = self._parallel is None or last
         with nullcontext() if alone else self._parallel.no_sync():  # type: ignore[union-attr]
             yield
+
+
+def _has_operators(ranks: Ranks) -> bool:
+    """Whether torch's own kind of operators is there, or can be built.
+
+    It is waited for: a run that began without would not go on from its checkpoint with the same bits.
+    """
+    if _torch_ops.operators() is None and _torch_ops.library.is_coming() and ranks.first:
+        print("compiling operators for this torch, once on this machine: about 20 s", file=sys.stderr)
+    return _torch_ops.operators(wait=True) is not None
 
 
 def _has_idle_parameters(model: nn.Module, objective: Objective, x0: Tensor, cond: dict[str, Tensor]) -> bool:
