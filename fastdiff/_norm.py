@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
 
 from fastdiff import _direct, _dispatch
 from fastdiff._arguments import require
-from fastdiff._direct import DTYPES, lies_last
 from fastdiff._gradients import only_once
+from fastdiff.kernels import _torch_ops
+from fastdiff.kernels._group_norm_cpu import affine_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Vector = torch.Tensor | None
+Operands = tuple[torch.Tensor, Vector, Vector, Vector, Vector, Vector, int, float, bool]
+_took_operator = [False]  # whether a gradient has gone the long way because the short one was being built
 
 _PARAMETERS = (
     "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, bool activation"
@@ -40,7 +47,8 @@ def group_norm_silu(
 
         h = (GroupNorm(x + residual) weight + bias) scale + shift,   y = h sigmoid(h)
 
-    Statistics and arithmetic are float32; results repeat bit for bit. Every operand has a gradient.
+    Statistics and arithmetic are float32; results repeat bit for bit, on a CPU once its operator is built.
+    Every operand has a gradient.
 
     Args:
         x: [B, C, ...] float32, bfloat16 or float16 with up to three further dimensions. Channels first or
@@ -63,16 +71,87 @@ def group_norm_silu(
     Source: Wu and He 2018, eq. 1-4; Dhariwal and Nichol 2021, section 3.
     """
     operands = (x, residual, weight, bias, scale, shift, num_groups, eps, activation)
-    if isinstance(x, torch.Tensor):
+    if isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and x.is_cpu:
         try:
-            if (done := _direct.group_norm_silu(operands)) is not None:
+            if (done := _by_short_way(operands)) is not None:
                 return done
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             _check(*operands)  # in our words
             raise
     _check(*operands)
     y: torch.Tensor = torch.ops.fastdiff.group_norm_silu(*operands)[0]
     return y
+
+
+def _by_short_way(operands: Operands) -> torch.Tensor | None:
+    """The result of CPU tensors; None where these, valid or not, or the surroundings need the long way.
+
+    Until the operator of torch's own kind is there, and where it cannot be built, torch's group_norm and SiLU
+    take the call.
+
+    Raises:
+        RuntimeError, TypeError: torch's, for an operand that is none of its kind.
+    """
+    library = _torch_ops.library
+    is_coming = library.loaded is None and library.is_coming()  # asked before it may end
+    if (native := _direct.operators(operands[:6])) is not None:
+        found: torch.Tensor | None = native.group_norm_silu(*operands)
+        return found
+    return None if library.loaded is not None else _by_torch(operands, is_coming)
+
+
+def _by_torch(operands: Operands, is_coming: bool) -> torch.Tensor | None:
+    """By torch's own operators on [B, C, ...] memory: in channels_last its variance cancels."""
+    x, residual, weight, bias, scale, shift, groups, eps, activation = operands
+    if os.environ.get("FASTDIFF_BACKEND") or _direct.is_watched(operands[:6]):
+        return None
+    # half precision would be rounded between the two
+    if not (2 <= x.dim() <= 5 and 0 < eps < float("inf")) or x.dtype != torch.float32 or x.numel() == 0:
+        return None
+    if not all(a is None or isinstance(a, torch.Tensor) for a in operands[1:6]):
+        return None
+    wants_grad = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in operands[:6])
+    # checkpointing runs this again, and must find the same tensors saved, however the build has ended by then
+    _took_operator[0] |= wants_grad and is_coming
+    if wants_grad and _took_operator[0]:
+        return None
+    for a in (scale, shift):
+        if a is not None and (a.shape not in (x.shape[:2], (1, x.shape[1])) or a.dtype not in DTYPES):
+            return None
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        return None
+    v = x if residual is None else x + residual
+    v = v.contiguous()
+    try:
+        if scale is None and shift is None:
+            h = torch.group_norm(v, groups, weight, bias, eps)
+        else:  # the batch laid out as channels makes the samples' parameters those of one call
+            batch, channels = x.shape[:2]
+            vectors = affine_of(weight, bias, scale, shift)
+            gain, offset = (None if a is None else a.expand(batch, channels).reshape(-1) for a in vectors)
+            flat = v.reshape(1, batch * channels, -1)
+            h = torch.group_norm(flat, batch * groups, gain, offset, eps).view(v.shape)
+    except RuntimeError:  # torch mixes no dtypes; what else it refuses, the checks of the long way name
+        return None
+    if activation:
+        h = torch.nn.functional.silu(h, inplace=not wants_grad)
+    return _to_last(h) if lies_last(x) else h
+
+
+def _to_last(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x with its channels last in memory."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def lies_last(x: torch.Tensor) -> bool:
+    """Whether x lies in memory with its channels last, and not with its channels first as well."""
+    if x.is_contiguous():
+        return False
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def _check(
@@ -86,6 +165,10 @@ def _check(
             f"`x` must be [B, C, ...] with 2 to 5 dimensions of {DTYPES}, got {x.dim()} of {x.dtype}"
         )
     batch, channels = x.shape[:2]
+    if not isinstance(num_groups, int):
+        raise TypeError(f"`num_groups` must be an int, got {num_groups!r}")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"`eps` must be a number, got {eps!r}")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(
             f"`num_groups` must be positive and divide the {channels} channels, got {num_groups}"

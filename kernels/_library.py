@@ -1,4 +1,4 @@
-"""Libraries of this folder's C++ sources: built in the background, kept on disk, loaded once.
+"""Libraries of this folder's C++ sources: built in the background (_compile.py), kept on disk, loaded once.
 
 FASTDIFF_NATIVE=0      never build or load one
 FASTDIFF_CACHE=DIR     where compiled files are kept (_cache.py)
@@ -8,9 +8,12 @@ CXX=...                the compiler (default: g++, clang++, c++)
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from . import _cache
-
-_SECONDS = 180  # the longest that a compiler may take
 
 
 class Library:
@@ -47,7 +48,7 @@ class Library:
         self._needs = needs
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._loaded: Any = None
+        self.loaded: Any = None
         _libraries.add(self)
 
     def get(self, wait: bool = False) -> Any:
@@ -56,26 +57,29 @@ class Library:
         Args:
             wait: block until a build that is under way has ended.
         """
-        if self._loaded is not None:
-            return self._loaded
+        if self.loaded is not None:
+            return self.loaded
         if os.environ.get("FASTDIFF_NATIVE") == "0":
             return None
         with self._lock:
             if self._thread is None:
-                # looked for before the thread begins, for what that imports: a child that is forked while
-                # another thread imports a module waits for its end forever
-                is_cached = self._is_cached()
+                # The builder is started here, as a short program would end before the thread does so; and
+                # what that imports is imported here, as a child that is forked while another thread imports
+                # a module waits for its end forever.
+                path, builder = self._begun()
                 # a daemon: a process that ends before its compiler does not wait for it
-                self._thread = threading.Thread(target=self.load, name="fastdiff-build", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._end, args=(path, builder), name="fastdiff-build", daemon=True
+                )
                 self._thread.start()
-                wait = wait or is_cached  # loading takes milliseconds
+                wait = wait or builder is None  # loading takes milliseconds
         if wait:
             self._thread.join()
-        return self._loaded
+        return self.loaded
 
     def is_coming(self) -> bool:
         """Whether it is being built, or nobody has asked for it yet."""
-        if self._loaded is not None or os.environ.get("FASTDIFF_NATIVE") == "0":
+        if self.loaded is not None or os.environ.get("FASTDIFF_NATIVE") == "0":
             return False
         return self._thread is None or self._thread.is_alive()
 
@@ -83,23 +87,45 @@ class Library:
         """In a child, which has none of its parent's threads: a build that was under way is started anew."""
         self._thread, self._lock = None, threading.Lock()
 
-    def load(self) -> None:
-        """Build where there is no file, and load it; say why not where it cannot be."""
-        if self._needs is not None and self._needs.get(wait=True) is None:
-            self._refused(f"what it needs, {self._needs._name}, is not there")
-            return
-        compiler = _cache.compiler()
-        path = self.file(compiler)
-        if compiler is None or path is None:
-            self._refused("no C++ compiler found; install g++")
+    def _begun(self) -> tuple[Path | None, subprocess.Popen[str] | None]:
+        """Where the file is or will be, None where it cannot, and the process that builds it, if one must."""
+        try:
+            if self._needs is not None:
+                self._needs.get()
+            compiler = _cache.compiler()
+            path = self.file(compiler)
+            if compiler is None or path is None:
+                raise OSError("no C++ compiler found; install g++")
+            return path, None if _cache.intact(path) else self._building(compiler, path)
+        except (OSError, subprocess.SubprocessError) as error:
+            self._refused(str(error))
+            return None, None
+
+    def _building(self, compiler: list[str], path: Path) -> subprocess.Popen[str]:
+        """A process that compiles into `path`, and ends when that is done, whenever this one does."""
+        asked = dict(name=self._name, path=str(path), compiler=compiler, text=self._text())
+        builder = [sys.executable, "-I", str(Path(__file__).with_name("_compile.py"))]
+        with tempfile.TemporaryFile("w+") as file:  # a pipe would have to be filled before this process ends
+            json.dump({**asked, "options": self._options()}, file)
+            file.seek(0)
+            return subprocess.Popen(
+                builder, stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def _end(self, path: Path | None, builder: subprocess.Popen[str] | None) -> None:
+        """Wait for the file, and load it; say why not where it cannot be."""
+        if path is None:
             return
         try:
-            if not _cache.intact(path):
-                with _cache.alone(path):
-                    if not _cache.intact(path):  # another process may have built it meanwhile
-                        self._build(compiler, path)
-            self._loaded = self._load(ctypes.CDLL(str(path)))
-        except (OSError, AttributeError, subprocess.SubprocessError) as error:
+            if self._needs is not None and self._needs.get(wait=True) is None:
+                raise OSError(f"what it needs, {self._needs._name}, is not there")
+            if builder is not None:
+                _, said = builder.communicate()
+                if builder.returncode != 0:
+                    raise OSError(said.strip()[-600:] or f"the builder ended with {builder.returncode}")
+            self.loaded = self._load(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
             self._refused(str(error))
             return
         _cache.used(path)
@@ -111,26 +137,6 @@ class Library:
         machine = (platform.machine(), _cache.processor(), repr(self._options()))
         name = _cache.digest(self._text(), *compiler, *machine)
         return _cache.folder() / f"{self._name}-{name}.so"
-
-    def _is_cached(self) -> bool:
-        """Whether there is something to load."""
-        if self._needs is not None and not self._needs._is_cached():
-            return False
-        path = self.file(_cache.compiler())
-        return path is not None and path.exists()
-
-    def _build(self, compiler: list[str], path: Path) -> None:
-        """Compile into `path`, atomically, mode 0600, with its digest beside it."""
-        with _cache.building(path.parent) as folder:
-            source, target = (folder / f"{self._name}{end}" for end in (".cpp", ".so"))
-            source.write_text(self._text())
-            for options in self._options():
-                command = [*compiler, "-shared", "-fPIC", str(source), *options, "-o", str(target)]
-                result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-                if result.returncode == 0 and target.exists():
-                    _cache.keep(target, path)
-                    return
-        raise OSError(f"{' '.join(command)} failed: {result.stderr.strip()[:500]}")
 
 
 _libraries: weakref.WeakSet[Library] = weakref.WeakSet()

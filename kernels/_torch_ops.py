@@ -47,7 +47,7 @@ def _options() -> Sequence[Sequence[str]]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     libraries = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu"]
     # what torch it is, which no path need say, is part of the options, and so of the file's name
-    version = f'-DTORCH_IS="{torch.__version__}-{torch.version.git_version}"'
+    version = f'-DTORCH_IS="{torch.__version__}-{getattr(torch.version, "git_version", "")}"'
     return [["-O1", standard, abi, version, *include, *libraries] for standard in _STANDARDS]
 
 
@@ -59,7 +59,8 @@ def _loaded(native: ctypes.CDLL) -> Operators:
     if refusal is not None:
         raise OSError(refusal.decode())
     own = torch.ops.fastdiff
-    return Operators(*(getattr(own, f"{name}_direct").default for name in Operators._fields))
+    # `_op`: without the layer of Python that torch puts around it
+    return Operators(*(getattr(own, f"{name}_direct").default._op for name in Operators._fields))
 
 
 def _refused(why: str) -> None:

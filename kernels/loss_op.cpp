@@ -30,11 +30,11 @@ Tensor loss_of(const LossArguments& a, const Tensor& error) {
   return in_float32(a.weight.defined() ? mean.mul(a.weight) : mean);
 }
 
-// The error times each sample's factor, in its own memory where the graph is not kept for another pass.
-Tensor times_each(const Tensor& error, const Tensor& factor) {
+// The error times each sample's factor, in its own memory where nobody else has it: the graph is not kept for another pass.
+Tensor times_each(const Tensor& error, const Tensor& factor, bool is_shared) {
   std::vector<int64_t> shape(error.dim(), 1);
   shape[0] = error.size(0);
-  const bool is_needed_again = torch::autograd::get_current_graph_task_keep_graph();
+  const bool is_needed_again = is_shared || torch::autograd::get_current_graph_task_keep_graph();
   return is_needed_again || !is_ordinary(factor) ? error.mul(factor.reshape(shape)) : error.mul_(factor.view(shape));
 }
 
@@ -46,6 +46,7 @@ struct DifferentiableLoss : torch::autograd::Function<DifferentiableLoss> {
     const Tensor error = at::empty_like(out);
     context->set_materialize_grads(false);
     context->save_for_backward({or_none(weight), error});  // what the operator saves: see norm_op.cpp
+    context->saved_data["is_shared"] = at::SavedTensorDefaultHooks::get_hooks().has_value();  // a hook may keep what it is given
     return loss_of({out, x0, alpha_sigma, t, seed, sample_id, draw, or_none(weight), or_none(noise), kind}, error);
   }
 
@@ -58,19 +59,20 @@ struct DifferentiableLoss : torch::autograd::Function<DifferentiableLoss> {
     const Tensor &weight = saved[0], &error = saved[1];
     const double each = 2.0 / (double)(error.numel() / error.size(0));
     const Tensor factor = weight.defined() ? weight.mul(each).mul(grads[0]) : grads[0].mul(each);
-    found[0] = times_each(error, factor);
+    found[0] = times_each(error, factor, context->saved_data["is_shared"].toBool());
     if (is_differentiated_again)
       found[0] = only_once({found[0]}, "denoising_loss has no second derivative; use q_sample's target and torch's operators for it")[0];
     return found;
   }
 };
 
-// An undefined tensor, Python's None, where the operands need the long way.
+// An undefined tensor, Python's None, where the operands need the long way; without a gradient below autograd.
+template <bool differentiable>
 Tensor denoising_loss(const Tensor& out, const Tensor& x0, const Tensor& alpha_sigma, const Tensor& t, const Tensor& seed,
                       const Tensor& sample_id, const Tensor& draw, int64_t kind, const Given& weight, const Given& noise) {
   const LossArguments a{out, x0, alpha_sigma, t, seed, sample_id, draw, or_none(weight), or_none(noise), kind};
   if (!is_direct(a)) return Tensor();
-  if (at::GradMode::is_enabled() && out.requires_grad())
+  if (differentiable && at::GradMode::is_enabled() && out.requires_grad())
     return DifferentiableLoss::apply(out, x0, alpha_sigma, t, seed, sample_id, draw, kind, weight, noise);
   const at::AutoDispatchBelowADInplaceOrView below;
   return loss_of(a, Tensor());

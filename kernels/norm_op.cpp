@@ -68,6 +68,7 @@ struct Call {
   explicit Call(const Arguments& a)
       : v(in_float32(a.x)), weight(readable(a.weight)), bias(readable(a.bias)), scale(readable(a.scale)), shift(readable(a.shift)) {
     if (a.residual.defined()) v = v.add(in_float32(a.residual));
+    if (!(v.is_contiguous() || lies_last(v))) v = v.contiguous();  // as a hook on saved tensors may leave it
     const auto step = [](const Tensor& each) { return each.defined() && each.size(0) > 1 ? each.stride(0) : 0; };
     norm.x = address(v), norm.weight = address(weight), norm.bias = address(bias);
     norm.scale = address(scale), norm.shift = address(shift);
@@ -116,7 +117,11 @@ variable_list gradients(const Arguments& a, const Tensor& grad_x, const Tensor& 
     if (bias.defined()) by_scale = by_scale.add(sums.select(0, 0).mul(bias));
     found[4] = as_type(by_scale.sum_to_size(scale.sizes()), scale.scalar_type());
   }
-  if (wanted[5]) found[5] = as_type(sums.select(0, 0).sum_to_size(shift.sizes()), shift.scalar_type());
+  if (wanted[5]) {
+    const Tensor over_batch = as_type(sums.select(0, 0).sum_to_size(shift.sizes()), shift.scalar_type());
+    const bool is_of_bias = wanted[3] && found[3].is_alias_of(over_batch);  // who adds to one would add to both
+    found[5] = is_of_bias ? over_batch.clone() : over_batch;
+  }
   return found;
 }
 
@@ -150,10 +155,11 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
     const bool is_differentiated_again = at::GradMode::is_enabled();
     const at::AutoGradMode no_grad(false);
     const auto saved = context->get_saved_variables();
+    const Tensor mean = saved[0].contiguous(), rstd = saved[1].contiguous();
     const Arguments a{saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], context->saved_data["groups"].toInt(),
                       context->saved_data["eps"].toDouble(), context->saved_data["activation"].toBool()};
     const auto run = is_ordinary(grads[0]) ? ::backward : backward_by_operator;
-    const auto [grad_x, sums] = run(a, saved[0], saved[1], grads[0]);
+    const auto [grad_x, sums] = run(a, mean, rstd, grads[0]);
     std::array<bool, 6> wanted{};
     size_t edge = 0;
     for (size_t i = 0; i < wanted.size(); i++)
@@ -166,12 +172,13 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
   }
 };
 
-// An undefined tensor, Python's None, where the operands need the long way.
+// An undefined tensor, Python's None, where the operands need the long way; without a gradient below autograd.
+template <bool differentiable>
 Tensor group_norm_silu(const Tensor& x, const Given& residual, const Given& weight, const Given& bias, const Given& scale,
                        const Given& shift, int64_t groups, double eps, bool activation) {
   const auto a = arguments_of(x, residual, weight, bias, scale, shift, groups, eps, activation);
   if (!is_direct(a)) return Tensor();
-  if (at::GradMode::is_enabled())
+  if (differentiable && at::GradMode::is_enabled())
     for (const Tensor* tensor : a.tensors())
       if (tensor->defined() && tensor->requires_grad())
         return Differentiable::apply(x, residual, weight, bias, scale, shift, groups, eps, activation);

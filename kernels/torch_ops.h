@@ -1,6 +1,7 @@
 // What torch_ops.cpp's operators share. They are group_norm.cpp's and cpu.cpp's loops as operators of torch's own kind: their
 // arguments, their memory and their gradients without Python on the way. Built against torch's headers, behind loops.h.
 #include <ATen/Parallel.h>
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>

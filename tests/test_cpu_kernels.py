@@ -7,6 +7,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from fastdiff.kernels import _cache, _cpp_constants, cpu
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A process that has not looked for the library yet, with a cache of its own."""
-    monkeypatch.setattr(cpu.kernels, "_loaded", None)
+    monkeypatch.setattr(cpu.kernels, "loaded", None)
     monkeypatch.setattr(cpu.kernels, "_thread", None)
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -182,6 +183,18 @@ def test_process_does_not_wait_for_its_compiler(tmp_path: Path) -> None:
     assert result.returncode == 0
 
 
+def test_a_build_goes_on_when_the_process_that_asked_for_it_has_ended(tmp_path: Path) -> None:
+    """Or a program that is shorter than its compiler would start it again each time, for nothing."""
+    code = "import fastdiff as fd; print(fd.ops.normal((3,), 0, 1, 0).shape)"
+    environment = os.environ | {"FASTDIFF_CACHE": str(tmp_path / "cache")}
+    library()
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=50)
+    limit = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob("cpu-*.so")):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+
+
 def test_what_killed_builds_left_is_swept(fresh: Path) -> None:
     old, new, library = fresh / "build-old", fresh / "build-new", fresh / "cpu-0.so"
     old.mkdir(parents=True)
@@ -278,6 +291,6 @@ def test_a_library_in_use_keeps_its_digest_from_the_sweep(fresh: Path) -> None:
     kept = sorted(fresh.iterdir())
     for path in kept:
         os.utime(path, (0, 0))
-    cpu.kernels.load()
+    cpu.kernels._end(cpu.kernels.file(_cache.compiler()), None)
     _cache.sweep(fresh)
     assert sorted(fresh.iterdir()) == kept

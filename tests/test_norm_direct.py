@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from kernel_cases import assert_same_bits
+from norm_ways import WAYS, go
 from operators import Operators
 from test_group_norm import BARE, FULL, SHAPES, assert_formula, exact_of, operands
-from torch.utils.checkpoint import checkpoint
 
-from fastdiff import _direct, ops
-from fastdiff.kernels import _torch_ops
+from fastdiff import ops
 
 ROOT = Path(__file__).parents[1]
-WAYS = ("operator", "direct", "torch")
-
-
-def go(way: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Send what follows one way; what is returned collects whether each call took it."""
-    taken: list[bool] = []
-    native = _torch_ops.operators(wait=True) or pytest.skip("needs a C++ compiler")
-
-    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*operands: Any) -> Any:
-            done = run(*operands)
-            taken.append(done is not None)
-            return done
-
-        return call
-
-    if way == "operator":
-        monkeypatch.setattr(_direct, "group_norm_silu", counting(lambda operands: None))
-    if way == "direct":
-        direct = native._replace(group_norm_silu=counting(native.group_norm_silu))
-        monkeypatch.setattr(_torch_ops, "operators", lambda: direct)
-    if way == "torch":
-        monkeypatch.setattr(_torch_ops, "operators", lambda: None)
-        monkeypatch.setattr(_torch_ops.library, "is_coming", lambda: False)
-        monkeypatch.setattr(_direct, "_by_torch", counting(_direct._by_torch))
-    return taken
 
 
 def first(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
@@ -115,50 +82,6 @@ def test_half_precision_is_rounded_once(
     assert taken == [way == "direct"]
 
 
-def test_who_looks_on_sees_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    go("direct", monkeypatch)
-    x = torch.randn(2, 8, 5)
-    with Operators() as operators:
-        y = ops.group_norm_silu(x, 4)
-    assert "fastdiff.group_norm_silu.default" in operators.counts
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing is deprecated, yet must not record a constant
-        traced = torch.jit.trace(lambda a: ops.group_norm_silu(a, 4), x)
-    assert_same_bits(traced(3 * x), ops.group_norm_silu(3 * x, 4))
-    assert_same_bits(y, ops.group_norm_silu(x, 4))
-
-
-def test_tensors_that_are_not_what_their_memory_says_take_the_long_way(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A negated view, a zero without memory: their address alone would be read wrongly."""
-    go("direct", monkeypatch)
-    negated = torch.view_as_complex(torch.randn(1, 1, 1, 2)).conj().imag
-    assert negated.is_neg()
-    assert negated.is_contiguous()
-    weight = torch.ones(1)
-    shift = torch.full((1, 1), 0.5)
-    expected = ops.group_norm_silu(negated.resolve_neg(), 1, weight, shift=shift)
-    assert_same_bits(ops.group_norm_silu(negated, 1, weight, shift=shift), expected)
-    zero = torch._efficientzerotensor((2, 8, 5))
-    assert_same_bits(ops.group_norm_silu(zero, 4), ops.group_norm_silu(torch.zeros(2, 8, 5), 4))
-
-
-def test_a_compiler_sees_one_operator_whatever_the_size() -> None:
-    taken = []
-
-    def count(graph: torch.fx.GraphModule, _: list) -> object:
-        taken.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch._dynamo.reset()
-    for n in (4, 2**16):
-        x = torch.randn(1, 8, n)
-        compiled = torch.compile(lambda a: ops.group_norm_silu(a, 4), fullgraph=True, backend=count)(x)
-        assert torch.allclose(compiled, ops.group_norm_silu(x, 4), rtol=2**-20, atol=2**-20)
-    assert [name for name in taken if "getitem" not in name] == ["fastdiff.group_norm_silu"] * 2
-
-
 @pytest.mark.parametrize("way", ["operator", "direct"])
 def test_second_derivative_is_refused_not_taken_for_zero(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
@@ -167,22 +90,6 @@ def test_second_derivative_is_refused_not_taken_for_zero(way: str, monkeypatch: 
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="group_norm_silu has no second derivative"):
         (y.sum() + grad.square().sum()).backward()
-
-
-def test_threads_do_not_meet_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    go("direct", monkeypatch)
-    images = [torch.randn(1, 8, 40, 40, generator=torch.Generator().manual_seed(i)) for i in range(16)]
-    expected = [ops.group_norm_silu(x, 4) for x in images]
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda x: ops.group_norm_silu(x, 4), images))
-    for one, other in zip(found, expected, strict=True):
-        assert_same_bits(one, other)
-
-
-def test_choosing_a_backend_is_heeded_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTDIFF_BACKEND", "numba")
-    with pytest.raises(ValueError, match="FASTDIFF_BACKEND must be one of"):
-        ops.group_norm_silu(torch.randn(1, 8, 4), 4)
 
 
 @pytest.mark.parametrize("way", ["direct", "torch"])
@@ -233,7 +140,9 @@ def test_gradients_of_many_sums_at_once_are_those_of_each(way: str, monkeypatch:
 
 
 @pytest.mark.parametrize("wanted", ["residual", "weight", "bias", "scale", "shift"])
-def test_only_the_gradients_that_are_asked_for_are_made(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_asked_for_alone_is_the_operators(
+    wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     f = operands(2, 12, 7, 3, **FULL)
     given = dict(weight=f.weight, bias=f.bias, scale=f.scale, shift=f.shift, residual=f.residual)
     leaf = given[wanted].requires_grad_()
@@ -246,13 +155,40 @@ def test_only_the_gradients_that_are_asked_for_are_made(wanted: str, monkeypatch
     assert torch.allclose(*grads, rtol=1e-5, atol=1e-5 * float(grads[0].abs().max()))
 
 
+def test_no_two_gradients_of_one_sample_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who accumulates gradients adds to each in place."""
+    go("direct", monkeypatch)
+    names = ("residual", "weight", "bias", "scale", "shift")
+    shapes = ((1, 8, 5), (8,), (8,), (1, 8), (1, 8))
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(5), k) for k in range(6)):
+        leaves = {names[i]: torch.randn(shapes[i], requires_grad=True) for i in chosen}
+        x, given = torch.randn(1, 8, 5, requires_grad=True), tuple(leaves.values())
+        y = ops.group_norm_silu(x, 4, leaves.pop("weight", None), leaves.pop("bias", None), **leaves)
+        given = [
+            x,
+            *(node.variable for node, _ in y.grad_fn.next_functions if node and node.variable is not x),
+        ]
+        grads = torch.autograd.grad(y.square().sum(), given)
+        ranges = sorted((g.data_ptr(), g.data_ptr() + g.nbytes) for g in grads)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_transforms_see_the_formula(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(num_groups=4.0), "`num_groups` must be an int, got 4.0"),
+        (dict(num_groups=None), "`num_groups` must be an int, got None"),
+        (dict(eps="1e-5"), "`eps` must be a number, got '1e-5'"),
+    ],
+    ids=str,
+)
+def test_options_of_other_types_are_named(
+    way: str, wrong: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go(way, monkeypatch)
-    x = torch.randn(3, 2, 8, 5)
-    many = torch.func.vmap(lambda a: ops.group_norm_silu(a, 4))(x)
-    for one, other in zip(many, x, strict=True):
-        assert torch.allclose(one, ops.group_norm_silu(other, 4), rtol=1e-5, atol=1e-6)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        ops.group_norm_silu(**(dict(x=torch.randn(2, 8, 5), num_groups=4) | wrong))
 
 
 def test_what_the_gradient_needs_must_not_be_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,55 +200,6 @@ def test_what_the_gradient_needs_must_not_be_overwritten(monkeypatch: pytest.Mon
         y.sum().backward()
 
 
-def test_a_compiler_that_fails_on_torchs_headers_leaves_torchs_operators(tmp_path: Path) -> None:
-    """With one line of the log that nobody is shown who did not ask for it, and the same numbers."""
-    program = """
-import logging, os
-import torch
-from fastdiff import ops
-from fastdiff.kernels import _cache, _torch_ops, cpu
-logging.getLogger("fastdiff").addHandler(handler := logging.Handler())
-said = []
-handler.emit = lambda record: said.append((record.levelname, record.getMessage()))
-logging.getLogger("fastdiff").setLevel(logging.INFO)
-x = torch.randn(2, 8, 5, requires_grad=True)
-early = ops.group_norm_silu(x, 4)
-assert cpu.library(wait=True) is not None
-assert _torch_ops.operators(wait=True) is None
-((level, line),) = said
-assert level == "INFO" and "could not be built" in line, said
-late = ops.group_norm_silu(x, 4)
-assert torch.allclose(early, late, rtol=1e-5, atol=1e-6)
-assert late.grad_fn.name() == "SiluBackward0", late.grad_fn
-"""
-    refusing = tmp_path / "g++"
-    refusing.write_text('#!/bin/sh\ncase "$*" in *torch.cpp*) exit 1;; esac\nexec g++ "$@"\n')
-    refusing.chmod(0o700)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=100,
-        env=os.environ | {"CXX": str(refusing), "FASTDIFF_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_uses_the_operator() -> None:
-    code = """
-import os
-import torch
-from fastdiff import ops
-from fastdiff.kernels import _torch_ops
-_torch_ops.operators(wait=True)
-x = torch.randn(1, 8, 5)
-y = ops.group_norm_silu(x, 4)
-child = os.fork()
-if child == 0:
-    os._exit(not torch.equal(ops.group_norm_silu(x, 4), y))
-raise SystemExit(os.waitpid(child, 0)[1])
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
 def test_an_ordinary_gradient_goes_straight_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     go("direct", monkeypatch)
     x = torch.randn(2, 8, 5, requires_grad=True)
@@ -322,65 +209,9 @@ def test_an_ordinary_gradient_goes_straight_to_the_loop(monkeypatch: pytest.Monk
     assert not any("fastdiff" in name for name in operators.counts)
 
 
-def test_checkpointing_survives_the_end_of_the_background_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved for the gradient is the same before the compiled loop is there and after."""
-    native, is_there = _torch_ops.operators(wait=True) or pytest.skip("needs a C++ compiler"), []
-    monkeypatch.setattr(_torch_ops, "operators", lambda: native if is_there else None)
-    monkeypatch.setattr(_torch_ops.library, "is_coming", lambda: not is_there)
-    x, weight, scale = (torch.randn(*s, requires_grad=True) for s in ((2, 8, 5), (8,), (2, 8)))
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return ops.group_norm_silu(x, 4, weight, scale=scale)
-
-    y = checkpoint(layer, x, use_reentrant=False)
-    is_there.append(True)
-    grads = torch.autograd.grad(y.square().sum(), (x, weight, scale))
-    expected = torch.autograd.grad(layer(x).square().sum(), (x, weight, scale))
-    for grad, wanted in zip(grads, expected, strict=True):
-        assert torch.allclose(grad, wanted, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("way", ["direct", "torch"])
 @pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift", "residual"])
 def test_what_is_no_tensor_is_named(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     with pytest.raises(TypeError, match=f"`{name}` must be a tensor, got float"):
         ops.group_norm_silu(torch.zeros(2, 6, 3), 3, **{name: 1.0})
-
-
-def test_a_torch_without_its_inner_functions_takes_the_operator_and_still_refuses() -> None:
-    """None of them is promised: in a process whose torch has lost them."""
-    program = """
-import torch
-from torch.autograd import forward_ad
-%s
-import fastdiff
-from fastdiff import ops
-from fastdiff.kernels import _torch_ops
-_torch_ops.operators(wait=True)
-x = torch.randn(2, 8, 5, requires_grad=True)
-y = ops.group_norm_silu(x, 4)
-h = torch.nn.functional.silu(torch.group_norm(x, 4))
-assert torch.allclose(y, h, rtol=1e-5, atol=1e-6)
-given, wanted = (torch.autograd.grad(a.square().sum(), x, retain_graph=True)[0] for a in (y, h))
-assert torch.allclose(given, wanted, rtol=1e-4, atol=1e-5)
-loss = ops.denoising_loss(x, x.detach(), torch.rand(3, 2), torch.zeros(2).long(), 0, None, 0)
-for result in (y.sum(), loss.sum()):
-    (grad,) = torch.autograd.grad(result, x, create_graph=True)
-    try:
-        grad.square().sum().backward()
-    except RuntimeError as error:
-        assert "has no second derivative" in str(error), error
-    else:
-        raise AssertionError("was taken for a constant")
-"""
-    missing = "; ".join(
-        [
-            "del torch._C._dispatch_tls_local_include_set, torch._C._functions.DelayedError",
-            "del torch._C._autograd._get_current_graph_task_keep_graph",
-        ]
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program % missing], capture_output=True, text=True, cwd=ROOT, timeout=100
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
