@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdiff._gradients import halves, only_once
+from fastdiff._gradients import halves, is_kept_by_others, only_once
 
 TARGETS = ("eps", "v", "x0")  # of q_sample: kind 1, 2, 3
 _BACKENDS = ("torch", "triton")
@@ -220,6 +220,7 @@ def _denoising_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch
         raise RuntimeError("denoising_loss was run with with_grad=False, so it has no gradient")
     ctx.is_learned = inputs[0].shape != inputs[1].shape
     ctx.numel, ctx.inputs = math.prod(inputs[1].shape[1:]), len(inputs)
+    ctx.is_shared = is_kept_by_others()
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or the engine fills a tensor of out's size with zeros
     ctx.save_for_backward(inputs[8], *output[1:])
@@ -235,7 +236,7 @@ def _denoising_loss_backward(
         return (None,) * ctx.inputs
     weight, error, *total = ctx.saved_tensors
     prediction = (error, factor(ctx.numel, weight, *total) * grad_loss)
-    found = halves(prediction, None, is_learned=ctx.is_learned)
+    found = halves(prediction, None, is_learned=ctx.is_learned, is_shared=ctx.is_shared)
     again = only_once("denoising_loss", "q_sample's target and torch's operators", found)
     return *again, *[None] * (ctx.inputs - 1)
 
@@ -269,6 +270,7 @@ def _vlb_terms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tens
     if not (ctx.grad_mean or ctx.grad_v):
         raise RuntimeError("vlb_terms was run without gradients, so it has none")
     ctx.is_learned, ctx.numel = x0.shape != out.shape, math.prod(x0.shape[1:])
+    ctx.is_shared = is_kept_by_others()
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], coef, t)
@@ -286,7 +288,7 @@ def _vlb_terms_backward(
     each = (factor * grad_vlb for factor in factors(coef, t, ctx.numel))
     parts = zip(saved, each, (ctx.grad_mean, ctx.grad_v), strict=True)
     mean, v = ((half, by) if wanted else None for half, by, wanted in parts)
-    found = halves(mean, v, is_learned=ctx.is_learned)
+    found = halves(mean, v, is_learned=ctx.is_learned, is_shared=ctx.is_shared)
     return None, None, *only_once("vlb_terms", "torch's operators", found), *[None] * 4
 
 

@@ -35,14 +35,25 @@ class _Refusal(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-def halves(prediction: Half | None, variance: Half | None, *, is_learned: bool) -> torch.Tensor:
+def is_kept_by_others() -> bool:
+    """Whether hooks on saved tensors are at work, which may keep what they are given."""
+    top: Any = getattr(
+        torch._C._autograd, "_top_saved_tensors_default_hooks", None
+    )  # not of torch's interface
+    return top is None or top(True) is not None
+
+
+def halves(
+    prediction: Half | None, variance: Half | None, *, is_learned: bool, is_shared: bool
+) -> torch.Tensor:
     """The gradient of a network's output from its prediction's and its variance's; None for 0.
 
-    Each is what the forward pass has saved, and [B] numbers that it is to be multiplied by.
+    Each is what the forward pass has saved, and [B] numbers that it is to be multiplied by. `is_shared` is
+    what `is_kept_by_others` said in the forward pass.
     """
     if not is_learned:
         assert prediction is not None
-        return _times_each(*prediction)
+        return _times_each(*prediction, is_shared)
     like, by = prediction or variance  # type: ignore[misc]
     if is_elsewhere(by):
         zeros, both = torch.zeros_like(like), (prediction, variance)
@@ -71,14 +82,14 @@ def _each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
     return each.view(-1, *[1] * (saved.dim() - 1))
 
 
-def _times_each(saved: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
+def _times_each(saved: torch.Tensor, each: torch.Tensor, is_shared: bool) -> torch.Tensor:
     """A gradient that the forward pass has saved, times one number for each sample.
 
     In its own memory where the graph is not kept for another pass, so that training holds it once; a tracer
     plans memory itself.
     """
     is_kept: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    is_needed_again = torch.is_grad_enabled() or is_kept()
+    is_needed_again = is_shared or torch.is_grad_enabled() or is_kept()
     if is_needed_again or is_elsewhere(saved) or is_elsewhere(each):
         return (saved * _each(saved, each)).to(saved.dtype)
     return saved.mul_(_each(saved, each))

@@ -152,6 +152,23 @@ def test_gradient_is_the_same_again_where_the_graph_is_kept() -> None:
     assert len({grad.data_ptr() for grad in found}) == 3
 
 
+@pytest.mark.parametrize("way", ["operator", "direct"])
+def test_what_a_hook_on_saved_tensors_keeps_is_not_overwritten(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by(way, monkeypatch)
+    f, kept = operands(12, batch=3), []
+    out = f.out.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: (kept.append((saved, saved.clone())), saved)[1], lambda saved: saved
+    ):
+        loss = ops.denoising_loss(out, f.x0, f.alpha_sigma, f.t, f.seed, f.sample_id, f.draw)
+    loss.sum().backward()
+    assert kept
+    for now, then in kept:
+        assert_same_bits(now, then)
+
+
 def test_loss_that_nobody_differentiates_leaves_no_gradient() -> None:
     f = operands(12, batch=3)
     out = f.out.clone().requires_grad_()
