@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from .group_norm import Norm
     from .group_norm_backward import NormGrad
 
-_pack = struct.Struct("11P6qd3i").pack  # group_norm.cpp's `Norm`
+_pack = struct.Struct("4P" + 4 * "P2q" + "3P4qd4i").pack  # group_norm.cpp's `Norm`
 
 
 def group_norm_silu_torch(f: Norm) -> None:
@@ -27,30 +26,34 @@ def group_norm_silu_torch(f: Norm) -> None:
     if native is None:
         _forward_eager(f, *affine_of(f.weight, f.bias, f.scale, f.shift))
         return
-    y = f.y if f.y.dtype == torch.float32 else torch.empty_like(f.y, dtype=torch.float32)
-    tensors = (y, f.mean, f.rstd, v_of(f.x, f.residual), *float32_of(f.weight, f.bias, f.scale, f.shift))
-    norm_native(native, tensors, f.sizes, f.groups, f.eps, f.activation, f.last)
+    v = _elements(f, f.y)
+    y = f.y if f.y.dtype == v.dtype else torch.empty_like(f.y, dtype=v.dtype)
+    _run(native.fd_group_norm, f, v, y=y)
     if y is not f.y:
         f.y.copy_(y)
 
 
-def norm_native(
-    native: Any, tensors: Sequence[torch.Tensor | None], sizes: tuple[int, int, int], groups: int, eps: float,
-    activation: bool, last: bool, backward: Sequence[torch.Tensor | None] = (None, None, None),
+def _run(
+    loop: Any, f: Norm | NormGrad, v: torch.Tensor, y: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None, grad_x: torch.Tensor | None = None, sums: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The compiled loop on float32 operands.
+    """A compiled loop on f's operands, with v, y, grad and grad_x of one dtype that it reads."""
+    vectors = [a if a is None else _readable(a) for a in (f.weight, f.bias, f.scale, f.shift)]
+    before, behind = ([_address(a) for a in each] for each in ((y, f.mean, f.rstd, v), (grad, grad_x, sums)))
+    packed_vectors = [number for a in vectors for number in _vector(a)]
+    sizes = (*f.sizes, f.groups, f.eps, f.activation, f.last, torch.get_num_threads())
+    loop(_pack(*before, *packed_vectors, *behind, *sizes, v.dtype == torch.bfloat16))
 
-    Args:
-        tensors: y, mean, rstd, v, weight, bias, scale, shift as in `Norm`; samples of the last two may lie
-            apart. y, mean and rstd may be None where nobody wants them.
-        sizes: B, C, N.
-        groups, eps, activation, last: as in `Norm`.
-        backward: grad, grad_x and sums as in `NormGrad`, where it is the gradient's loop that runs.
-    """
-    addresses = [0 if a is None else a.data_ptr() for a in (*tensors, *backward)]
-    steps = [0 if a is None or a.shape[0] == 1 else a.stride(0) for a in tensors[6:]]
-    packed = _pack(*addresses, *steps, *sizes, groups, eps, activation, last, torch.get_num_threads())
-    (native.fd_group_norm if backward[0] is None else native.fd_group_norm_backward)(packed)
+
+def _address(a: torch.Tensor | None) -> int:
+    return 0 if a is None else a.data_ptr()
+
+
+def _vector(a: torch.Tensor | None) -> tuple[int, int, bool]:
+    """loops.h's `Vector`."""
+    if a is None:
+        return 0, 0, False
+    return a.data_ptr(), a.stride(0) if a.dim() == 2 and a.shape[0] > 1 else 0, a.dtype == torch.bfloat16
 
 
 def _forward_eager(f: Norm, gain: torch.Tensor | None, offset: torch.Tensor | None) -> None:
@@ -77,11 +80,9 @@ def group_norm_silu_backward_torch(f: NormGrad) -> None:
     if native is None:
         _backward_eager(f, *affine_of(f.weight, f.bias, f.scale, f.shift))
         return
-    grad_x = f.grad_x if f.grad_x.dtype == torch.float32 else torch.empty_like(f.grad_x, dtype=torch.float32)
-    vectors = float32_of(f.weight, f.bias, f.scale, f.shift)
-    tensors = (None, f.mean, f.rstd, v_of(f.x, f.residual), *vectors)
-    backward = (f.grad.float(), grad_x, f.sums)
-    norm_native(native, tensors, f.sizes, f.groups, f.eps, f.activation, f.last, backward)
+    v = _elements(f, f.grad)
+    grad_x = f.grad_x if f.grad_x.dtype == v.dtype else torch.empty_like(f.grad_x, dtype=v.dtype)
+    _run(native.fd_group_norm_backward, f, v, grad=f.grad.to(v.dtype), grad_x=grad_x, sums=f.sums)
     if grad_x is not f.grad_x:
         f.grad_x.copy_(grad_x)
 
@@ -119,9 +120,15 @@ def v_of(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     return v if residual is None else v + residual.float()
 
 
-def float32_of(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The channels' parameters in float32; one that is stays as it is."""
-    return [a if a is None or a.dtype == torch.float32 else a.float() for a in vectors]
+def _elements(f: Norm | NormGrad, other: torch.Tensor) -> torch.Tensor:
+    """x + residual as the compiled loops read it, which have y or its gradient in the same dtype."""
+    is_alike = f.residual is None and other.dtype == f.x.dtype
+    return _readable(f.x) if is_alike else v_of(f.x, f.residual)
+
+
+def _readable(a: torch.Tensor) -> torch.Tensor:
+    """What the compiled loops do not read, float16, in float32; what they do stays as it is."""
+    return a if a.dtype in (torch.float32, torch.bfloat16) else a.float()
 
 
 def affine_of(

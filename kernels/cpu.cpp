@@ -25,6 +25,12 @@ inline uint16_t narrow(float f) {
   return f != f ? 0x7FC0 : (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// the same for an element type E: float, or the bits of a bfloat16
+inline float widen(float f) { return f; }
+template <class E> E rounded(float f);
+template <> inline float rounded<float>(float f) { return f; }
+template <> inline uint16_t rounded<uint16_t>(float f) { return narrow(f); }
+
 // `count` numbers of the network's dtype from element `at` on, as float32: in place, or widened into `room`
 inline const float* load(const void* from, int64_t at, int count, bool bfloat16, float* room) {
   if (!bfloat16) return (const float*)from + at;

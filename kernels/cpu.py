@@ -1,6 +1,6 @@
 """The fused CPU kernels, this folder's C++ sources, where a C++ compiler is there.
 
-The build takes about five seconds, runs in the background and is kept on disk (_library.py), so that no image
+The build takes about six seconds, runs in the background and is kept on disk (_library.py), so that no image
 waits for it: until it is there, and where there is no compiler, callers use NumPy and torch, whose results
 are the same to the last bit.
 """

@@ -1,5 +1,8 @@
 // The CPU's loops of group_norm_silu and its gradient, behind cpu.cpp in one translation unit. A task is a sample's groups
-// first..last of channels; formulas stand in group_norm.py and group_norm_backward.py.
+// first..last of channels; formulas stand in group_norm.py and group_norm_backward.py. Its elements are of type E: float, or
+// the bits of a bfloat16, which are read and written where they lie.
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -31,9 +34,12 @@ inline float silu_slope(float h) {
 }
 
 // how many tasks share a sample's groups where they lie side by side in memory
-inline int64_t parts_of(int64_t batch, int64_t groups, bool last, int threads) {
-  return last ? (batch >= threads ? 1 : std::min<int64_t>(groups, threads)) : groups;
+inline int64_t parts_of(const Norm& f, bool last) {
+  return last ? (f.batch >= f.threads ? 1 : std::min<int64_t>(f.groups, f.threads)) : f.groups;
 }
+
+// the channels of the widest task
+inline int64_t widest_of(const Norm& f, int64_t parts) { return (f.groups + parts - 1) / parts * (f.channels / f.groups); }
 
 // of the sample b: the channels first..first + width, which begin with group g0, and with element `start` of the whole
 struct Task { int64_t b, g0, first, width, start; };
@@ -44,149 +50,201 @@ inline Task task_of(const Norm& f, bool last, int64_t parts, int64_t task) {
   return {b, g0, g0 * own, (g1 - g0) * own, (b * f.channels + (last ? 0 : g0 * own)) * f.n + (last ? g0 * own : 0)};
 }
 
-inline float gain_of(const Norm& f, int64_t b, int64_t c) {
-  return (f.weight ? f.weight[c] : 1.0f) * (f.scale ? f.scale[b * f.scale_step + c] : 1.0f);
+// to[c] = a vector's number of the channel c for the sample b, or `otherwise` where there is no vector
+inline void take(const Vector& vector, int64_t b, int64_t channels, float otherwise, float* __restrict to) {
+  const float* exact = (const float*)vector.at + b * vector.step;
+  const uint16_t* half = (const uint16_t*)vector.at + b * vector.step;
+  if (!vector.at) std::fill(to, to + channels, otherwise);
+  else
+    for (int64_t c = 0; c < channels; c++) to[c] = vector.bfloat16 ? widen(half[c]) : exact[c];
 }
 
-inline float offset_of(const Norm& f, int64_t b, int64_t c) {
-  const float own = f.bias ? f.bias[c] * (f.scale ? f.scale[b * f.scale_step + c] : 1.0f) : 0.0f;
-  return own + (f.shift ? f.shift[b * f.shift_step + c] : 0.0f);
+// h = x_hat gain + offset, for all channels of the sample b; part: room for as many numbers
+__attribute__((noinline)) void affine(const Norm& f, int64_t b, float* __restrict part, float* __restrict gain,
+                                      float* __restrict offset) {
+  const int64_t channels = f.channels;
+  take(f.weight, b, channels, 1.0f, gain);
+  take(f.bias, b, channels, 0.0f, offset);
+  take(f.scale, b, channels, 1.0f, part);
+  for (int64_t c = 0; c < channels; c++) gain[c] *= part[c];
+  if (f.bias.at)
+    for (int64_t c = 0; c < channels; c++) offset[c] *= part[c];
+  take(f.shift, b, channels, 0.0f, part);
+  for (int64_t c = 0; c < channels; c++) offset[c] += part[c];
 }
 
-template <bool last, bool activation> void forward(const Norm f) {
-  const int64_t batch = f.batch, channels = f.channels, n = f.n, groups = f.groups;
-  const int64_t own = channels / groups, parts = parts_of(batch, groups, last, f.threads), widest = (groups + parts - 1) / parts * own;
-#pragma omp parallel num_threads(f.threads) if (batch * channels * n > SERIAL)
+// each channel's mean and rstd; apart from `forward`, so that one serves both of its kinds: a compiler takes long over the sums
+template <class E, bool last>
+__attribute__((noinline)) void moments(const Norm& f, const Task& t, const E* xs, double* totals, float* part, float* ms,
+                                       float* rs) {
+  const int64_t channels = f.channels, own = channels / f.groups, n = f.n;
+  const double count = (double)(own * n);
+  const auto of_group = [=](int64_t k) {
+    double total = 0;
+    for (int64_t c = k; c < k + own; c++) total += totals[c];
+    return total;
+  };
+  if (last) sum_rows<1>(totals, n, t.width, part, [=](int64_t row, int64_t c) { return Terms<1>{widen(xs[row * channels + c])}; });
+  for (int64_t k = 0; k < t.width; k += own) {
+    const double total = last ? of_group(k) : sum<1>(own * n, [=](int64_t i) { return Terms<1>{widen(xs[i])}; })[0];
+    std::fill(ms + k, ms + k + own, (float)(total / count));
+  }
+  if (last)
+    sum_rows<1>(totals, n, t.width, part, [=](int64_t row, int64_t c) {
+      const float d = widen(xs[row * channels + c]) - ms[c];
+      return Terms<1>{d * d};
+    });
+  for (int64_t k = 0; k < t.width; k += own) {
+    const float centre = ms[k];
+    const double total = last ? of_group(k) : sum<1>(own * n, [=](int64_t i) {
+      const float d = widen(xs[i]) - centre;
+      return Terms<1>{d * d};
+    })[0];
+    const float r = (float)(1.0 / std::sqrt(total / count + f.eps));
+    if (f.mean) f.mean[t.b * f.groups + t.g0 + k / own] = centre;
+    if (f.rstd) f.rstd[t.b * f.groups + t.g0 + k / own] = r;
+    std::fill(rs + k, rs + k + own, r);
+  }
+}
+
+template <class E, bool last, bool activation> void forward(const Norm f) {
+  const int64_t channels = f.channels, n = f.n, parts = parts_of(f, last), widest = widest_of(f, parts);
+#pragma omp parallel num_threads(f.threads) if (f.batch * channels * n > SERIAL)
   {
     std::vector<double> totals(last ? widest : 0);
-    std::vector<float> room(4 * widest);
-    float *part = room.data(), *ms = part + widest, *as = ms + widest, *os = as + widest;
+    std::vector<float> room(2 * widest + 3 * channels);
+    float *ms = room.data(), *rs = ms + widest, *part = rs + widest, *gain = part + channels, *offset = gain + channels;
+    int64_t sample = -1;
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < batch * parts; task++) {
-      const auto [b, g0, first, width, start] = task_of(f, last, parts, task);
-      const float* __restrict xs = f.x + start;
-      float* __restrict ys = f.y + start;
-      const double count = (double)(own * n);
-      const auto through = [](float h) { return activation ? silu(h) : h; };
-      const auto of_group = [&](int64_t k) {
-        double total = 0;
-        for (int64_t c = k; c < k + own; c++) total += totals[c];
-        return total;
-      };
-      if (last) sum_rows<1>(totals.data(), n, channels, width, part, [=](int64_t i, int64_t) { return Terms<1>{xs[i]}; });
-      for (int64_t k = 0; k < width; k += own) {
-        const double total = last ? of_group(k) : sum<1>(own * n, [=](int64_t i) { return Terms<1>{xs[i]}; })[0];
-        std::fill(ms + k, ms + k + own, (float)(total / count));
-      }
-      if (last)
-        sum_rows<1>(totals.data(), n, channels, width, part, [=](int64_t i, int64_t c) {
-          return Terms<1>{(xs[i] - ms[c]) * (xs[i] - ms[c])};
-        });
-      for (int64_t k = 0; k < width; k += own) {
-        const float centre = ms[k];
-        const double total = last ? of_group(k) : sum<1>(own * n, [=](int64_t i) {
-          return Terms<1>{(xs[i] - centre) * (xs[i] - centre)};
-        })[0];
-        const float r = (float)(1.0 / std::sqrt(total / count + f.eps));
-        if (f.mean) f.mean[b * groups + g0 + k / own] = centre;
-        if (f.rstd) f.rstd[b * groups + g0 + k / own] = r;
-        for (int64_t c = k; c < k + own; c++) {
-          as[c] = r * gain_of(f, b, first + c);
-          os[c] = offset_of(f, b, first + c);
-        }
-      }
-      for (int64_t row = 0; row < (last ? n : width); row++) {
-        const int64_t base = last ? row * channels : row * n;
-        const float *__restrict from = xs + base, *__restrict m = ms, *__restrict a = as, *__restrict o = os;
-        float* __restrict to = ys + base;
+    for (int64_t task = 0; task < f.batch * parts; task++) {
+      const Task t = task_of(f, last, parts, task);
+      const E* __restrict xs = (const E*)f.x + t.start;
+      E* __restrict ys = (E*)f.y + t.start;
+      moments<E, last>(f, t, xs, totals.data(), part, ms, rs);
+      if (t.b != sample) affine(f, sample = t.b, part, gain, offset);
+      float *as = gain + t.first, *os = offset + t.first;
+      for (int64_t c = 0; c < t.width; c++) as[c] *= rs[c];
+      const auto through = [](float h) { return rounded<E>(activation ? silu(h) : h); };
+      for (int64_t row = 0; row < (last ? n : t.width); row++) {
+        const int64_t base = row * (last ? channels : n);
+        const E* __restrict from = xs + base;
+        const float *__restrict m = ms, *__restrict a = as, *__restrict o = os;
+        E* __restrict to = ys + base;
         if (last)
-          for (int64_t c = 0; c < width; c++) to[c] = through(mul_add(from[c] - m[c], a[c], o[c]));
+          for (int64_t c = 0; c < t.width; c++) to[c] = through(mul_add(widen(from[c]) - m[c], a[c], o[c]));
         else {
           const float centre = m[row], slope = a[row], shift = o[row];
-          for_row(n, [=](int64_t i) { to[i] = through(mul_add(from[i] - centre, slope, shift)); });
+          for_row(n, [=](int64_t i) { to[i] = through(mul_add(widen(from[i]) - centre, slope, shift)); });
         }
       }
     }
   }
 }
 
-// grad_x holds the gradient of h until the sums are known
-template <bool last, bool activation> void backward(const Norm f) {
-  const int64_t batch = f.batch, channels = f.channels, n = f.n, groups = f.groups;
-  const int64_t own = channels / groups, parts = parts_of(batch, groups, last, f.threads), widest = (groups + parts - 1) / parts * own;
+// what a task of the gradient knows of each channel, and the gradient of h, whose rows lie `step` apart
+struct Known { float *ms, *rs, *as, *os, *ps, *qs, *held; int64_t step; };
+
+// dv, for which the sums are known; apart from `backward` as `moments` is
+template <class E, bool last>
+__attribute__((noinline)) void finish(const Norm& f, const Task& t, const E* xs, E* out, const Known& k) {
+  const auto one = [](float gh, float v, float centre, float inverse, float gain, float plain, float along) {
+    return rounded<E>((mul_add(gain, gh, -plain) - (v - centre) * inverse * along) * inverse);
+  };
+  const int64_t n = f.n;
+  for (int64_t row = 0; row < (last ? n : t.width); row++) {
+    const int64_t base = row * (last ? f.channels : n);
+    const E* __restrict from = xs + base;
+    const float *__restrict m = k.ms, *__restrict r = k.rs, *__restrict a = k.as, *__restrict p = k.ps, *__restrict q = k.qs;
+    E* __restrict to = out + base;
+    const float* apart = k.held + row * k.step;
+    const auto gh = [=](int64_t i) {
+      if constexpr (std::is_same_v<E, float>) return to[i];
+      else return apart[i];
+    };
+    if (last)
+      for (int64_t c = 0; c < t.width; c++) to[c] = one(gh(c), widen(from[c]), m[c], r[c], a[c], p[c], q[c]);
+    else {
+      const float centre = m[row], inverse = r[row], gain = a[row], plain = p[row], along = q[row];
+      for_row(n, [=](int64_t i) { to[i] = one(gh(i), widen(from[i]), centre, inverse, gain, plain, along); });
+    }
+  }
+}
+
+// The gradient of h is held until the sums are known: in grad_x, or in a task's room where that would round it.
+template <class E, bool last, bool activation> void backward(const Norm f) {
+  constexpr bool in_place = std::is_same_v<E, float>;
+  const int64_t batch = f.batch, channels = f.channels, n = f.n, own = channels / f.groups;
+  const int64_t parts = parts_of(f, last), widest = widest_of(f, parts);
 #pragma omp parallel num_threads(f.threads) if (batch * channels * n > SERIAL)
   {
     std::vector<double> totals(2 * widest);
-    std::vector<float> room(8 * widest);
-    float *part = room.data(), *ms = part + 2 * widest, *rs = ms + widest, *as = rs + widest, *os = as + widest;
-    float *ps = os + widest, *qs = ps + widest;
+    std::vector<float> room(4 * widest + 4 * channels);
+    float *ms = room.data(), *rs = ms + widest, *ps = rs + widest, *qs = ps + widest, *part = qs + widest;
+    float *gain = part + 2 * channels, *offset = gain + channels;
+    int64_t sample = -1;
+    const std::unique_ptr<float[]> apart(in_place ? nullptr : new float[widest * n]);  // a vector would fill it first
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * parts; task++) {
-      const auto [b, g0, first, width, start] = task_of(f, last, parts, task);
-      const float *__restrict xs = f.x + start, *__restrict gs = f.grad + start;
-      float* __restrict out = f.grad_x + start;
-      for (int64_t c = 0; c < width; c++) {
-        const int64_t g = b * groups + g0 + c / own;
+      const Task t = task_of(f, last, parts, task);
+      const E *__restrict xs = (const E*)f.x + t.start, *__restrict gs = (const E*)f.grad + t.start;
+      E* out = (E*)f.grad_x + t.start;
+      float* held = in_place ? (float*)out : apart.get();
+      const int64_t step = !last ? n : in_place ? channels : t.width;
+      for (int64_t c = 0; c < t.width; c++) {
+        const int64_t g = t.b * f.groups + t.g0 + c / own;
         ms[c] = f.mean[g];
         rs[c] = f.rstd[g];
-        as[c] = gain_of(f, b, first + c);
-        os[c] = offset_of(f, b, first + c);
       }
-      const auto through = [=](int64_t i, float x_hat, float gain, float offset) {
-        const float slope = activation ? silu_slope(mul_add(x_hat, gain, offset)) : 1.0f;
-        out[i] = gs[i] * slope;
-        return Terms<2>{out[i], out[i] * x_hat};
+      if (t.b != sample) affine(f, sample = t.b, part, gain, offset);
+      float *as = gain + t.first, *os = offset + t.first;
+      const auto through = [=](float* gh, int64_t i, float centre, float inverse, float gain, float offset) {
+        const float x_hat = (widen(xs[i]) - centre) * inverse;
+        *gh = widen(gs[i]) * (activation ? silu_slope(mul_add(x_hat, gain, offset)) : 1.0f);
+        return Terms<2>{*gh, *gh * x_hat};
       };
       if (last)
-        sum_rows<2>(totals.data(), n, channels, width, part,
-                    [=](int64_t i, int64_t c) { return through(i, (xs[i] - ms[c]) * rs[c], as[c], os[c]); });
+        sum_rows<2>(totals.data(), n, t.width, part, [=](int64_t row, int64_t c) {
+          return through(held + row * step + c, row * channels + c, ms[c], rs[c], as[c], os[c]);
+        });
       else
-        for (int64_t c = 0; c < width; c++) {
+        for (int64_t c = 0; c < t.width; c++) {
           const float centre = ms[c], inverse = rs[c], gain = as[c], offset = os[c];
-          const auto found = sum<2>(n, [=](int64_t i) { return through(c * n + i, (xs[c * n + i] - centre) * inverse, gain, offset); });
+          const auto term = [=](int64_t i) { return through(held + i, i, centre, inverse, gain, offset); };
+          const auto found = sum<2>(n, [=](int64_t i) { return term(c * n + i); });
           totals[c] = found[0];
-          totals[width + c] = found[1];
+          totals[t.width + c] = found[1];
         }
-      for (int64_t k = 0; k < width; k += own) {
+      for (int64_t k = 0; k < t.width; k += own) {
         double plain_mean = 0, along_mean = 0;
         for (int64_t c = k; c < k + own; c++) {
-          f.sums[b * channels + first + c] = (float)totals[c];
-          f.sums[(batch + b) * channels + first + c] = (float)totals[width + c];
+          f.sums[t.b * channels + t.first + c] = (float)totals[c];
+          f.sums[(batch + t.b) * channels + t.first + c] = (float)totals[t.width + c];
           plain_mean += as[c] * totals[c];
-          along_mean += as[c] * totals[width + c];
+          along_mean += as[c] * totals[t.width + c];
         }
         std::fill(ps + k, ps + k + own, (float)(plain_mean / (double)(own * n)));
         std::fill(qs + k, qs + k + own, (float)(along_mean / (double)(own * n)));
       }
-      const auto finish = [](float gh, float v, float centre, float inverse, float gain, float plain, float along) {
-        return (mul_add(gain, gh, -plain) - (v - centre) * inverse * along) * inverse;
-      };
-      for (int64_t row = 0; row < (last ? n : width); row++) {
-        const int64_t base = last ? row * channels : row * n;
-        const float *__restrict from = xs + base, *__restrict m = ms, *__restrict r = rs, *__restrict a = as;
-        const float *__restrict p = ps, *__restrict q = qs;
-        float* __restrict to = out + base;
-        if (last)
-          for (int64_t c = 0; c < width; c++) to[c] = finish(to[c], from[c], m[c], r[c], a[c], p[c], q[c]);
-        else {
-          const float centre = ms[row], inverse = rs[row], gain = as[row], plain = ps[row], along = qs[row];
-          for_row(n, [=](int64_t i) { to[i] = finish(to[i], from[i], centre, inverse, gain, plain, along); });
-        }
-      }
+      finish<E, last>(f, t, xs, out, {ms, rs, as, os, ps, qs, held, step});
     }
   }
 }
 
-// by last, then activation
 using Loop = void (*)(Norm);
-constexpr Loop FORWARD[] = {forward<false, false>, forward<false, true>, forward<true, false>, forward<true, true>};
-constexpr Loop BACKWARD[] = {backward<false, false>, backward<false, true>, backward<true, false>, backward<true, true>};
+// by last, then activation
+template <class E>
+constexpr Loop FORWARD[] = {forward<E, false, false>, forward<E, false, true>, forward<E, true, false>, forward<E, true, true>};
+template <class E>
+constexpr Loop BACKWARD[] = {backward<E, false, false>, backward<E, false, true>, backward<E, true, false>, backward<E, true, true>};
 
 }  // namespace
 
 extern "C" {
 
-void fd_group_norm(const Norm* f) { FORWARD[2 * f->last + f->activation](*f); }
-void fd_group_norm_backward(const Norm* f) { BACKWARD[2 * f->last + f->activation](*f); }
+void fd_group_norm(const Norm* f) { (f->bfloat16 ? FORWARD<uint16_t> : FORWARD<float>)[2 * f->last + f->activation](*f); }
+
+void fd_group_norm_backward(const Norm* f) {
+  (f->bfloat16 ? BACKWARD<uint16_t> : BACKWARD<float>)[2 * f->last + f->activation](*f);
+}
 
 }  // extern "C"

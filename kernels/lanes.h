@@ -40,6 +40,7 @@ template <int K, class F> inline std::array<double, K> sum(int64_t count, F term
 // run(0..count), a row of a few elements in narrower vectors and not one by one
 template <class F> inline void for_row(int64_t count, F run) {
   const int64_t whole = count / 16 * 16, fours = count / 4 * 4;
+#pragma GCC ivdep
   for (int64_t i = 0; i < whole; i++) run(i);
   for (int64_t i = whole; i < fours; i += 4)
 #pragma GCC ivdep
@@ -47,8 +48,8 @@ template <class F> inline void for_row(int64_t count, F run) {
   for (int64_t i = fours; i < count; i++) run(i);
 }
 
-// out[k][c] = the K sums over `count` rows, `width` apart by `step`, of term(index of the element, c); part: room for K rows
-template <int K, class F> inline void sum_rows(double* out, int64_t count, int64_t step, int64_t width, float* part, F term) {
+// out[k][c] = the K sums over `count` rows of term(row, c), c < width; part: room for K rows
+template <int K, class F> inline void sum_rows(double* out, int64_t count, int64_t width, float* part, F term) {
   std::fill(out, out + K * width, 0.0);
   for (int64_t start = 0; start < count; start += ROWS) {
     std::fill(part, part + K * width, 0.0f);
@@ -57,13 +58,12 @@ template <int K, class F> inline void sum_rows(double* out, int64_t count, int64
     for (int64_t s = start; s < whole; s += 4)
 #pragma GCC ivdep
       for (int64_t c = 0; c < width; c++) {
-        const int64_t i = s * step + c;
-        const Terms<K> t0 = term(i, c), t1 = term(i + step, c), t2 = term(i + 2 * step, c), t3 = term(i + 3 * step, c);
+        const Terms<K> t0 = term(s, c), t1 = term(s + 1, c), t2 = term(s + 2, c), t3 = term(s + 3, c);
         for (int k = 0; k < K; k++) p[k * width + c] += (t0[k] + t1[k]) + (t2[k] + t3[k]);
       }
     for (int64_t s = whole; s < end; s++)
       for (int64_t c = 0; c < width; c++) {
-        const Terms<K> t = term(s * step + c, c);
+        const Terms<K> t = term(s, c);
         for (int k = 0; k < K; k++) p[k * width + c] += t[k];
       }
     for (int64_t c = 0; c < K * width; c++) out[c] += p[c];

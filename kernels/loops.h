@@ -1,16 +1,26 @@
 // The CPU's loops that torch_ops.cpp calls by their addresses, as both of its sides see them.
 #include <cstdint>
 
-// What a call of group_norm.cpp's loops is given. x, y, grad, grad_x: [batch, channels, n], or [batch, n, channels] where last;
-// mean, rstd: [batch, groups], or null where nobody wants them; weight, bias: [channels]; scale, shift: [channels] of each sample,
-// `step` (0: shared) apart; sums: [2, batch, channels]. Python packs the same (_group_norm_cpu.py).
+// [channels], or [batch, channels] with samples `step` (0: shared) apart, of float or where `bfloat16` of that; null for none.
+struct Vector {
+  const void* at;
+  int64_t step, bfloat16;
+};
+
+// What a call of group_norm.cpp's loops is given. x, y, grad, grad_x: [batch, channels, n], or [batch, n, channels] where last, of
+// float or where `bfloat16` of that; mean, rstd: [batch, groups], or null where nobody wants them; sums: [2, batch, channels].
+// Python packs the same (_group_norm_cpu.py).
 struct Norm {
-  float *y, *mean, *rstd;
-  const float *x, *weight, *bias, *scale, *shift, *grad;
-  float *grad_x, *sums;
-  int64_t scale_step, shift_step, batch, channels, n, groups;
+  void* y;
+  float *mean, *rstd;
+  const void* x;
+  Vector weight, bias, scale, shift;
+  const void* grad;
+  void* grad_x;
+  float* sums;
+  int64_t batch, channels, n, groups;
   double eps;
-  int activation, last, threads;
+  int activation, last, threads, bfloat16;
 };
 
 extern "C" {

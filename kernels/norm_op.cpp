@@ -53,48 +53,61 @@ bool is_direct(const Arguments& a) {
   return true;
 }
 
-// A vector as the loops read it: float32, its numbers side by side.
-Tensor readable(const Tensor& vector) {
-  if (!vector.defined()) return vector;
-  const Tensor found = in_float32(vector);
-  return found.size(-1) == 1 || found.stride(-1) == 1 ? found : found.contiguous();
+// What the loops do not read, float16, in float32.
+Tensor readable(const Tensor& tensor) {
+  return tensor.defined() && tensor.scalar_type() != at::kBFloat16 ? in_float32(tensor) : tensor;
 }
+
+// The same with its numbers side by side.
+Tensor readable_vector(const Tensor& vector) {
+  const Tensor found = readable(vector);
+  return !found.defined() || found.size(-1) == 1 || found.stride(-1) == 1 ? found : found.contiguous();
+}
+
+// Elements of either type.
+void* elements(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
 // x + residual, the parameters, and a call of a loop on them, which they must outlive.
 struct Call {
   Tensor v, weight, bias, scale, shift;
   Norm norm{};
 
-  explicit Call(const Arguments& a)
-      : v(in_float32(a.x)), weight(readable(a.weight)), bias(readable(a.bias)), scale(readable(a.scale)), shift(readable(a.shift)) {
-    if (a.residual.defined()) v = v.add(in_float32(a.residual));
+  // `other`: the type of y or its gradient, which the loops have in x's
+  Call(const Arguments& a, at::ScalarType other)
+      : v(a.residual.defined() ? in_float32(a.x).add(a.residual) : a.x.scalar_type() == other ? readable(a.x) : in_float32(a.x)),
+        weight(readable_vector(a.weight)),
+        bias(readable_vector(a.bias)),
+        scale(readable_vector(a.scale)),
+        shift(readable_vector(a.shift)) {
     if (!(v.is_contiguous() || lies_last(v))) v = v.contiguous();  // as a hook on saved tensors may leave it
-    const auto step = [](const Tensor& each) { return each.defined() && each.size(0) > 1 ? each.stride(0) : 0; };
-    norm.x = address(v), norm.weight = address(weight), norm.bias = address(bias);
-    norm.scale = address(scale), norm.shift = address(shift);
-    norm.scale_step = step(scale), norm.shift_step = step(shift);
+    const auto vector = [](const Tensor& each) -> Vector {
+      if (!each.defined()) return {};
+      return {elements(each), each.dim() == 2 && each.size(0) > 1 ? each.stride(0) : 0, each.scalar_type() == at::kBFloat16};
+    };
+    norm.x = elements(v), norm.weight = vector(weight), norm.bias = vector(bias);
+    norm.scale = vector(scale), norm.shift = vector(shift);
     norm.batch = v.size(0), norm.channels = v.size(1), norm.n = v.numel() / (norm.batch * norm.channels);
     norm.groups = a.groups, norm.eps = a.eps, norm.activation = a.activation;
-    norm.last = !v.is_contiguous(), norm.threads = at::get_num_threads();
+    norm.last = !v.is_contiguous(), norm.threads = at::get_num_threads(), norm.bfloat16 = v.scalar_type() == at::kBFloat16;
   }
 };
 
 Tensor forward(const Arguments& a, const Tensor& mean, const Tensor& rstd) {
-  Call call(a);
+  Call call(a, a.x.scalar_type());
   const Tensor y = at::empty_like(call.v);
-  call.norm.y = address(y), call.norm.mean = address(mean), call.norm.rstd = address(rstd);
+  call.norm.y = elements(y), call.norm.mean = address(mean), call.norm.rstd = address(rstd);
   loops.norm(&call.norm);
   return as_type(y, a.x.scalar_type());
 }
 
 // dv, and [2, B, C]: the sums over positions of dh and of dh times the normalised v.
 std::pair<Tensor, Tensor> backward(const Arguments& a, const Tensor& mean, const Tensor& rstd, const Tensor& given) {
-  Call call(a);
-  Tensor grad = in_float32(given);
+  Call call(a, given.scalar_type());
+  Tensor grad = as_type(given, call.v.scalar_type());
   if (grad.strides() != call.v.strides()) grad = at::empty_like(call.v).copy_(grad);
   const Tensor grad_x = at::empty_like(call.v), sums = room({2, call.norm.batch, call.norm.channels});
-  call.norm.mean = address(mean), call.norm.rstd = address(rstd), call.norm.grad = address(grad);
-  call.norm.grad_x = address(grad_x), call.norm.sums = address(sums);
+  call.norm.mean = address(mean), call.norm.rstd = address(rstd), call.norm.grad = elements(grad);
+  call.norm.grad_x = elements(grad_x), call.norm.sums = address(sums);
   loops.norm_backward(&call.norm);
   return {as_type(grad_x, a.x.scalar_type()), sums};
 }
@@ -107,7 +120,9 @@ variable_list gradients(const Arguments& a, const Tensor& grad_x, const Tensor& 
   if (wanted[1]) found[1] = wanted[0] ? grad_x.clone() : grad_x;
   if (wanted[2] || wanted[3]) {
     const Tensor each = scale.defined() ? sums.mul(scale) : sums;
-    const Tensor over_batch = each.size(1) == 1 ? each.select(1, 0) : each.sum(1);
+    Tensor over_batch = each.size(1) == 1 ? each.select(1, 0) : each.sum(1);
+    if (weight.defined() && bias.defined() && weight.scalar_type() == bias.scalar_type())
+      over_batch = as_type(over_batch, weight.scalar_type());  // both at once
     if (wanted[2]) found[2] = as_type(over_batch.select(0, 1), weight.scalar_type());
     if (wanted[3]) found[3] = as_type(over_batch.select(0, 0), bias.scalar_type());
   }

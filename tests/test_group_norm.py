@@ -210,15 +210,41 @@ def test_checks_of_results_see_a_planted_error(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("backend", ["native", "torch", *OTHERS[2:]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("changes", [FULL, BARE, dict(residual=None)], ids=["full", "bare", "alone"])
 def test_half_precision_costs_its_own_rounding_alone(
-    backend: str, dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch
+    backend: str, dtype: torch.dtype, last: bool, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    f = operands(2, 12, 63, 3, last, dtype)
+    f = operands(2, 12, 63, 3, last, dtype, **changes)
     run(backend, f, monkeypatch)
     assert_formula(f)
     g = gradient_of(f)
     run(backend, g, monkeypatch)
     assert_gradient(g)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 8, 4, 2)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("activation", [True, False])
+def test_bfloat16_is_read_where_it_lies_and_rounded_once(
+    shape: tuple, last: bool, activation: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What float32 copies of the same numbers give, rounded, bit for bit; so the gradient of h is not."""
+    f = operands(*shape, last, torch.bfloat16, residual=None, activation=activation)
+    vectors = ("weight", "bias", "scale", "shift")
+    f = f._replace(**{name: getattr(f, name).bfloat16() for name in vectors[1:]})
+    exact = f._replace(**{name: getattr(f, name).float() for name in ("y", "x", *vectors)})
+    moments = torch.full((2, *f.mean.shape), float("nan"))
+    exact = exact._replace(mean=moments[0], rstd=moments[1])
+    run("native", f, monkeypatch)
+    run("native", exact, monkeypatch)
+    for actual, wanted in ((f.y, exact.y.bfloat16()), (f.mean, exact.mean), (f.rstd, exact.rstd)):
+        assert_same_bits(actual, wanted)
+    g = gradient_of(f)
+    exact = NormGrad(g.grad_x.float(), torch.empty_like(g.sums), g.grad.float(), *exact[1:3], *exact[3:])
+    run("native", g, monkeypatch)
+    run("native", exact, monkeypatch)
+    assert_same_bits(g.grad_x, exact.grad_x.bfloat16())
+    assert_same_bits(g.sums, exact.sums)
 
 
 @pytest.mark.parametrize("changes", [FULL, BARE], ids=["full", "bare"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import assert_same_bits
 from norm_ways import WAYS, go
 from operators import Operators
 from test_group_norm import BARE, FULL, SHAPES, assert_formula, exact_of, operands
@@ -80,6 +81,43 @@ def test_half_precision_is_rounded_once(
     exact = exact_of(f)
     assert_formula(f._replace(y=y, mean=exact.mean.float(), rstd=exact.rstd.float()))
     assert taken == [way == "direct"]
+
+
+@pytest.mark.parametrize("kinds", ["bbbbb", "bfbfb", "fbhbf", "hhbfh"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_both_ways_have_the_same_bits_whatever_the_dtypes(
+    kinds: str, last: bool, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of x and its residual, weight, bias, scale, shift: float32, bfloat16 or half."""
+    dtypes = [dict(f=torch.float32, b=torch.bfloat16, h=torch.float16)[kind] for kind in kinds]
+    f = operands(2, 12, 35, 3, last)
+    x, other = (first(a, last).to(dtypes[0]) for a in (f.x, f.residual))
+    given = [a.to(dtype) for a, dtype in zip(f[5:9], dtypes[1:], strict=False)]
+    leaves = [a.requires_grad_() for a in (x, *given, *[other] * residual)]
+    found = []
+    for way in ("operator", "direct"):
+        with monkeypatch.context() as patch:
+            taken = go(way, patch)
+            weight, bias, scale, shift = given
+            options = dict(scale=scale, shift=shift, residual=other if residual else None)
+            y = ops.group_norm_silu(x, 3, weight, bias, **options)
+            found.append([y, *torch.autograd.grad(y, leaves, torch.cos(y.detach().float()).to(y.dtype))])
+            assert taken == [way == "direct"]
+    for one, another in zip(*found, strict=True):
+        assert_same_bits(one, another)
+        assert one.stride() == another.stride()
+
+
+def test_a_gradient_finer_than_x_is_not_rounded() -> None:
+    x = torch.randn(2, 8, 35).bfloat16()
+    grad = torch.randn(2, 8, 35)
+    rest = (None, None, None, None, None, 4, 1e-5, True)
+    _, mean, rstd = torch.ops.fastdiff.group_norm_silu(x, *rest)
+    found = torch.ops.fastdiff.group_norm_silu_backward(grad, mean, rstd, x, *rest)
+    exact = torch.ops.fastdiff.group_norm_silu_backward(grad, mean, rstd, x.float(), *rest)
+    assert_same_bits(found[0], exact[0].bfloat16())
+    assert_same_bits(found[1], exact[1])
 
 
 @pytest.mark.parametrize("way", ["operator", "direct"])
