@@ -1,8 +1,8 @@
 """Builds and registers torch_ops.cpp: the CPU's loops as operators of torch's own kind, with their gradients.
 
 An operator in Python costs about 40 µs a call and 100 more with a gradient, and torch's own group_norm and
-SiLU 13 µs for 64x8x8; these take 6. They are built against torch's headers, which takes a compiler about 13
-seconds and 1 GB of memory, in the background (_library.py).
+SiLU 10 to 13 µs for 64x8x8; with one of these it is 9. They are built against torch's headers, which takes a
+compiler about 13 seconds and 1 GB of memory, in the background (_library.py).
 """
 
 from __future__ import annotations

@@ -57,9 +57,9 @@ def test_normals_with_a_compiler_are_not_slower_than_torch_randn(one_thread):
 
 
 @pytest.mark.parametrize("layout", bench_ops.FORMATS)
-@pytest.mark.parametrize("image", ["1x64x8x8", "16x64x16x16"])
-def test_group_norm_with_silu_is_faster_than_torch(image, layout, one_thread):
-    assert speed_up(bench_ops.norm_speed(image, layout, rounds=9)) >= 1
+@pytest.mark.parametrize(("image", "least"), bench_ops.LEAST.items())
+def test_group_norm_with_silu_is_not_slower_than_torch(image, least, layout, one_thread):
+    assert speed_up(bench_ops.norm_speed(image, layout, rounds=9)) >= least
 
 
 def test_loss_that_redraws_its_noise_is_not_slower_than_a_stored_one(one_thread):
