@@ -134,7 +134,10 @@ def as_kind(name: str, value: Any, kind: str, default: Any) -> Any:
     usual = "" if default is None else f", {default!r} by default"
     if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
         raise TypeError(f"`{name}` must be {words}{usual}, got {value!r} ({type(value).__name__})")
-    found = convert(value)
+    try:
+        found = convert(value)
+    except OverflowError:  # an int beyond any float
+        found = math.inf
     if kind == "float" and not (math.isfinite(found) or found == default):
         raise ValueError(f"`{name}` must be a finite number{usual}, got {found}")
     return found

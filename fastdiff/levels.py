@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fastdiff._arguments import as_kind
 from fastdiff.schedule import NoiseSchedule, check_count, check_timesteps
 
 Path = Literal["vp", "ve", "flow"]
@@ -226,8 +227,10 @@ class NoiseLevels:
 
         Source: Lipman et al. 2023 (arXiv 2210.02747); Esser et al. 2024 (arXiv 2403.03206), eq. 23.
         """
-        if not (shift > 0 and math.isfinite(shift)):
-            raise ValueError(f"`shift` must be positive and finite, got {shift}")
+        shift = as_kind("shift", shift, "float", 1.0)
+        time_scale = as_kind("time_scale", time_scale, "float", 1.0)
+        if not (shift > 0 and time_scale > 0):
+            raise ValueError(f"`shift` and `time_scale` must be positive, got {shift} and {time_scale}")
         s = np.linspace(1.0, 0.0, check_count("n", n) + 1)
         alpha, sigma = 1.0 - s, shift * s
         total = alpha + sigma  # 1 + (shift - 1) s, and exact at both ends, where that rounds off 1
@@ -258,10 +261,13 @@ class NoiseLevels:
     def last(self, steps: int) -> NoiseLevels:
         """The same path from the start of its last `steps` steps: a chain that begins part of the way down.
 
+        Churn, which is spread over a path's steps, is then spread over these.
+
         Raises:
             ValueError, TypeError: `steps` is not in 1..S.
         """
-        if check_count("steps", steps) > len(self):
+        steps = check_count("steps", steps)
+        if steps > len(self):
             raise ValueError(f"`steps` must be at most the path's {len(self)}, got {steps}")
         return replace(self, **{name: getattr(self, name)[-steps - 1 :] for name in ("t", "alpha", "sigma")})
 
@@ -280,7 +286,7 @@ class NoiseLevels:
             return Level(sigma_ve, 1.0, sigma_ve)
         if self.path == "flow":
             sigma = 1.0 if math.isinf(sigma_ve) else sigma_ve / (1.0 + sigma_ve)
-            return Level(self.time_scale * sigma, 1.0 - sigma, sigma)
+            return Level(self.time_scale * sigma, 1.0 / (1.0 + sigma_ve), sigma)
         alpha = 1.0 / math.hypot(1.0, sigma_ve)
         return Level(self._time(sigma_ve), alpha, 1.0 if math.isinf(sigma_ve) else sigma_ve * alpha)
 

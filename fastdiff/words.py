@@ -78,6 +78,6 @@ def _read(value: str) -> Any:
     for reader in readers:
         try:
             return reader(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):  # TypeError: {[]: 1}
             continue
     return value

@@ -84,6 +84,10 @@ def test_linear_code_is_followed_whatever_its_operations(change, tape, x_and_out
         (lambda x, out: torch.add(x, out, out=torch.zeros(SHAPE).double()), "into a buffer"),
         (lambda x, out: x @ torch.eye(7).double(), "fails"),
         (lambda x, out: torch.bernoulli(x), "draws with `bernoulli`"),
+        (lambda x, out: torch.randn(SHAPE, out=torch.zeros(SHAPE)), "draws into a buffer"),
+        (lambda x, out: x.untyped_storage(), "`untyped_storage` is not linear"),
+        (lambda x, out: torch.div(x, 2, rounding_mode="trunc"), "`div` is not linear"),
+        (lambda x, out: out.clamp(min=6).clamp(max=-6), "which is no range"),
     ],
 )
 def test_code_that_is_not_linear_is_refused_by_the_operations_name(change, reason, tape, x_and_out):

@@ -9,6 +9,7 @@ from oracles import assert_close
 from scheduler_cases import CASES, SHAPE, evaluated, imported, network, start
 
 import fastdiff as fd
+from fastdiff.adapters.diffusers import import_scheduler
 from fastdiff.kernels import cpu, layout
 from fastdiff.table import SamplingTable
 
@@ -111,3 +112,15 @@ def test_imported_schedulers_share_one_batch_with_each_other_and_with_our_solver
     for slot, table in enumerate(tables):
         noise = [fd.ops.normal(shape, 9, len(tables), row)[slot : slot + 1] for row in range(table.num_rows)]
         assert_close(mixed[slot : slot + 1], evaluated(table, x[slot : slot + 1], noise), 1e-5)
+
+
+@pytest.mark.parametrize(("begin", "scale"), [(None, "init_noise_sigma"), (5, "level")])
+def test_a_chain_that_begins_part_of_the_way_down_starts_with_the_noise_of_its_level(begin, scale):
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    scheduler = schedulers.EulerDiscreteScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(10)
+    if begin:
+        scheduler.set_begin_index(begin)
+    table = import_scheduler(scheduler)
+    expected = table.sigma[0] if scale == "level" else float(scheduler.init_noise_sigma)
+    assert table.init_scale == pytest.approx(expected, rel=1e-6)

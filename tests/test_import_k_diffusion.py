@@ -238,6 +238,7 @@ def forgets_nothing(model, x, sigmas, **_):
         (keeps_the_start, "before the first evaluation"),
         (independent, "two independent noises"),
         (forgets_nothing, "it remembers 10 tensors .* at most 7 registers"),
+        (lambda model, x, sigmas: euler(model, x.clamp(-100, 100), sigmas), "clips the start of the chain"),
         (lambda model, x, sigmas: x, "never calls the network"),
         (lambda model, x, sigmas: model(x, sigmas[0], 1, 2), "fails with TypeError"),
         (lambda model, x, sigmas: model(x * 0, sigmas[0]).exp(), "`exp` is not linear"),
@@ -255,7 +256,7 @@ def test_what_no_table_can_hold_is_refused_with_the_reason(sample_fn, reason):
         (lambda model, x, sigma_min, sigma_max, n: x, {}, "takes sigma_min and sigma_max"),
         (lambda model: model, {}, r"must take \(model, x, sigmas, ...\)"),
         (euler, {"churn": 1.0}, "`churn` is no option of euler, which takes .*s_churn"),
-        (euler, {"callback": print}, "`callback` is no option"),
+        (euler, {"callback": print}, "`callback` must be left out: the import gives euler its own"),
         ("euler", {}, "`sample_fn` must be a function"),
     ],
 )

@@ -138,6 +138,18 @@ def test_the_last_levels_are_the_end_of_the_path() -> None:
     assert flow.last(4).alpha.tolist() == flow.alpha.tolist()
 
 
+def test_a_number_of_steps_may_be_numpys() -> None:
+    path = NoiseLevels.flow(5)
+    assert np.array_equal(path.last(np.uint8(3)).sigma, path.sigma[-4:])
+
+
+@pytest.mark.parametrize("sigma_ve", [1e-9, 1.0, 1e6, 1e17])
+def test_a_flows_level_keeps_its_signal_however_noisy(sigma_ve: float) -> None:
+    level = NoiseLevels.flow(5).at(sigma_ve)
+    assert level.sigma_ve == pytest.approx(sigma_ve, rel=1e-15)
+    assert level.alpha + level.sigma == pytest.approx(1.0, rel=1e-15)
+
+
 def test_levels_are_immutable() -> None:
     lv = NoiseLevels.flow(3)
     with pytest.raises(ValueError, match="read-only"):
@@ -232,6 +244,8 @@ def test_every_spacing_makes_ascending_times_in_range(total: int, data: st.DataO
         (lambda: NoiseLevels.karras(3, 0.1, 1.0, rho=0.0), ValueError, "`rho`"),
         (lambda: NoiseLevels.vp(3, eps_s=2.0), ValueError, "`eps_s`"),
         (lambda: NoiseLevels.flow(3, shift=0.0), ValueError, "`shift`"),
+        (lambda: NoiseLevels.flow(3, shift="3"), TypeError, "`shift` must be a number"),
+        (lambda: NoiseLevels.flow(3, time_scale=-1.0), ValueError, "`time_scale` must be positive"),
         (lambda: NoiseLevels.flow(3).at(-1.0), ValueError, "`sigma_ve` must be >= 0"),
         (lambda: NoiseLevels.flow(3).last(0), ValueError, "`steps` must be at least 1"),
         (lambda: NoiseLevels.flow(3).last(4), ValueError, "`steps` must be at most the path's 3, got 4"),

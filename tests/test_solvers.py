@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -292,7 +293,8 @@ def saved_twice(levels: NoiseLevels):
         (3, {}, ValueError, "must be a function or one of ddpm"),
         (lambda levels: [], {}, ValueError, "must yield a Row for each evaluation"),
         (lambda levels: None, {}, ValueError, "must yield a Row .* got none"),
-        (lambda levels: [1], {}, ValueError, "must yield a Row .* got ints"),
+        (lambda levels: [1], {}, ValueError, "must yield a Row .* got int as row 0"),
+        (lambda levels: [*SOLVERS["euler"](levels), None], {}, ValueError, "got NoneType as row 12"),
         (never_saved, {}, ValueError, "no earlier row saves"),
         (saved_twice, {}, ValueError, "saves one register in two rows"),
     ],
@@ -362,6 +364,22 @@ def test_a_solver_of_the_user_s_own_gets_its_options_as_it_annotates_them() -> N
     assert seen == {"free": "any", "weight": 0.5, "until": 3.0, "of": ()}
     with pytest.raises(TypeError, match="`until` must be a number, got 'x'"):
         compile_table(mine, PATHS["ve"], prediction="x0", until="x")
+
+
+def test_annotations_of_other_forms_are_read_or_left_alone() -> None:
+    seen = {}
+
+    def mine(levels, *, until: Optional[float] = None, of: list[int] = (), order: int):  # noqa: UP045
+        seen.update(until=until, of=of, order=order)
+        return (Row(now, to.alpha * X0 + to.sigma * Z) for now, to in levels.steps())
+
+    compile_table(mine, PATHS["ve"], prediction="x0", until=np.float32(0.5), of="x", order=np.int64(3))
+    assert seen == {"until": 0.5, "of": "x", "order": 3}
+    assert [type(seen[name]) for name in ("until", "order")] == [float, int]
+    with pytest.raises(TypeError, match=r"`order` must be a whole number, got 2.5 \(float\)"):
+        compile_table(mine, PATHS["ve"], prediction="x0", order=2.5)
+    with pytest.raises(TypeError, match="'order'"):
+        compile_table(mine, PATHS["ve"], prediction="x0")
 
 
 def test_options_of_a_solver_can_be_listed() -> None:

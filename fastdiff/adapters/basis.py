@@ -128,8 +128,12 @@ class Tape(TorchFunctionMode):
 
         With one end infinite it is one that only a clip to the other side may use.
         """
+        if not self.epochs:
+            self.refuse(f"`{name}` clips the start of the chain, and a table clips x0 alone")
         coords = self.coordinates(x0)
-        half = self.now.half
+        clipped, half = self.now.clipped, self.now.half
+        if clipped and clipped[2] == clip and (coords == self.coordinates(self.unit("x0"))).all():
+            return self.unit("x0")
         if half and isinstance(clip, tuple) and (coords == self.coordinates(self.unit("half"))).all():
             px, po, (low, high) = half
             clip = (max(low, clip[0]), min(high, clip[1]))
@@ -137,6 +141,8 @@ class Tape(TorchFunctionMode):
             px, po = float(coords[0]), float(coords[1])
         else:
             self.refuse(f"`{name}` clips something else than one x0 made of x and the network's output")
+        if isinstance(clip, tuple) and not clip[0] < clip[1]:
+            self.refuse(f"`{name}` clips to {clip}, which is no range")
         whole = not isinstance(clip, tuple) or np.isfinite(clip).all()
         kept, symbol = ("clipped", "x0") if whole else ("half", "half")
         if getattr(self.now, kept) not in (None, (px, po, clip)):
@@ -224,7 +230,8 @@ class Tape(TorchFunctionMode):
         """Refuse an operation that is not linear; what is not known to be is tried on random numbers."""
         if name in ops.ADDITIVE:
             return
-        if name in ops.SCALING and len(tainted) == 1 and (isinstance(args[0], Basis) or "div" not in name):
+        is_plain = name in ops.SCALING and len(tainted) == 1 and not kwargs
+        if is_plain and (isinstance(args[0], Basis) or "div" not in name):
             return
         if not ops.acts_linearly(func, name, args, kwargs, Basis):
             self.refuse(f"`{name}` is not linear in the state")
@@ -325,6 +332,8 @@ class Tape(TorchFunctionMode):
             self.refuse("it clips x0 to one bound, and a table's clip has one lower and one upper bound")
 
     def _draw(self, args: Any, kwargs: Any) -> Basis:
+        if "out" in kwargs:
+            self.refuse("it draws into a buffer (`out`), and only tensors that are returned are followed")
         shape, dtype = ops.shape_and_dtype(args, kwargs)
         if shape != _STATE:
             self.refuse(f"it draws noise of shape {list(shape)}, which is not the state's")

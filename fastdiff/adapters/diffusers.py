@@ -186,6 +186,9 @@ def _heads(scheduler: Any, record: _Recorded, step_kwargs: Mapping[str, Any]) ->
     px, po = np.array(record.x0, np.float64).T
     formula = x0_columns(scheduler, alpha[:-1], sigma[:-1]) if levels else (px, po)
     unknown = ~np.isfinite(px)
+    init_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    if levels and getattr(scheduler, "begin_index", None) and alpha[0] == 1.0:
+        init_scale = float(sigma[0])  # where the scheduler's own is that of its noisiest level
     return Heads(
         t=np.array([float(t) for t in times]),
         c_in=np.array(record.c_in),
@@ -194,7 +197,7 @@ def _heads(scheduler: Any, record: _Recorded, step_kwargs: Mapping[str, Any]) ->
         alpha=alpha,
         sigma=sigma,
         ends_step=np.array([*record.ends_step[:-1], True]),
-        init_scale=float(getattr(scheduler, "init_noise_sigma", 1.0)),
+        init_scale=init_scale,
         exempt=exempt_moments(scheduler, step_kwargs) if levels else ("mean", "noise"),
     )
 

@@ -121,7 +121,8 @@ def _heads(
     scale, noise = tape.start.x[0], np.delete(tape.start.x, 0)
     sigma = np.array([*told, float(levels[-1])])
     ends = _ends_by_level(sigma, levels.double().numpy())
-    if ends is None and starts[:1] == [0]:  # called behind a step's first evaluation, as k-diffusion does
+    # called behind a step's first evaluation, as k-diffusion does; behind each it tells nothing
+    if ends is None and starts[:1] == [0] and len(starts) < rows:
         ends = np.array([row + 1 in starts for row in range(rows - 1)] + [True])
     return Heads(
         t=np.array(told),
@@ -171,10 +172,12 @@ def _parameters(sample_fn: Any, name: str, options: dict[str, Any]) -> set[str]:
         )
     if len(first) < 3:
         raise TypeError(f"{name} must take (model, x, sigmas, ...), got ({', '.join(parameters)})")
-    unknown = [option for option in options if option not in parameters and not anything]
-    if unknown or {"extra_args", "callback", "disable"} & set(options):
-        wrong = unknown[0] if unknown else next(key for key in options if key in _PASSED)
-        raise TypeError(f"`{wrong}` is no option of {name}, which takes {', '.join(list(parameters)[3:])}")
+    ours = ("extra_args", "callback", "disable")
+    if given := [option for option in options if option in ours]:
+        raise TypeError(f"`{given[0]}` must be left out: the import gives {name} its own")
+    if unknown := [option for option in options if option not in parameters and not anything]:
+        own = [parameter for parameter in list(parameters)[3:] if parameter not in ours]
+        raise TypeError(f"`{unknown[0]}` is no option of {name}, which takes {', '.join(own) or 'none'}")
     return {key for key in _PASSED if key in parameters or (anything and key != "noise_sampler")}
 
 

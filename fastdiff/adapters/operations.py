@@ -21,10 +21,10 @@ ADDITIVE = _names(
 # linear where one factor, or the dividend alone, depends on the state
 SCALING = _names("mul div true_divide __mul__ __rmul__ __truediv__ __imul__ __itruediv__ mul_ div_")
 CASTS = _names("to float half bfloat16 double type type_as")
-# where the lower and the upper bound stand behind the clamped tensor, and their names
+# where the lower and the upper bound stand behind the clamped tensor, their names, and their defaults
 _CLAMPS = {
     **dict.fromkeys(("clamp", "clip", "clamp_", "clip_"), ((0, "min"), (1, "max"))),
-    **dict.fromkeys(("hardtanh", "hardtanh_"), ((0, "min_val"), (1, "max_val"))),
+    **dict.fromkeys(("hardtanh", "hardtanh_"), ((0, "min_val", -1.0), (1, "max_val", 1.0))),
     **dict.fromkeys(("clamp_min", "clamp_min_"), ((0, "min"), None)),
     **dict.fromkeys(("clamp_max", "clamp_max_"), (None, (0, "max"))),
 }
@@ -37,7 +37,8 @@ CONSTANTS = _names(
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor"
 )
 QUERIES = _names(
-    """size dim ndimension numel nelement stride is_floating_point is_complex is_contiguous get_device
+    """size dim ndimension numel nelement stride storage_offset is_floating_point is_complex is_signed
+    is_conj is_neg is_contiguous is_inference is_pinned is_shared is_same_size result_type get_device
     element_size __len__ __hash__ __repr__ __format__"""
 )
 # let values decide what is done next
@@ -69,10 +70,10 @@ def bounds(name: str, args: Any, kwargs: Any, state: type) -> tuple[Any, Any, An
         return None
     value, *rest = (kwargs["input"], *args) if "input" in kwargs else args
 
-    def given(place: tuple[int, str] | None) -> Any:
+    def given(place: tuple[Any, ...] | None) -> Any:
         if place is None:
             return None
-        return rest[place[0]] if len(rest) > place[0] else kwargs.get(place[1])
+        return rest[place[0]] if len(rest) > place[0] else kwargs.get(*place[1:])
 
     low, high = map(given, places)
     if name in _CLAMPS:
@@ -107,6 +108,8 @@ def acts_linearly(
     a, b = drawn(), drawn()
     both = {key: 1.7 * a[key] - 0.6 * b[key] for key in a}
     expected = list(zip(results(a), results(b), strict=True))
+    if not expected:  # a handle to the values, such as their storage
+        return False
     for scale in _SCALES:
         for (of_a, of_b), found in zip(expected, results(both, scale), strict=True):
             if not found.is_floating_point():

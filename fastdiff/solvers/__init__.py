@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import types
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -123,9 +124,9 @@ def compile_table(
         options["variance"] = variance
     made = function(levels, **options)
     rows = list(made) if isinstance(made, Iterable) else []
-    if not rows or not all(isinstance(row, Row) for row in rows):
-        got = f"{type(rows[0]).__name__}s" if rows else "none"
-        raise ValueError(f"`solver` must yield a Row for each evaluation, got {got} from {name!r}")
+    others = (f"{type(row).__name__} as row {i}" for i, row in enumerate(rows) if not isinstance(row, Row))
+    if wrong := next(others, None if rows else "none"):
+        raise ValueError(f"`solver` must yield a Row for each evaluation, got {wrong} from {name!r}")
     t, alpha, sigma = np.array([row.level for row in rows], np.float64).T
     init_scale = rows[0].init_scale
     if init_scale is None:
@@ -157,21 +158,28 @@ def solver_options(solver: str | Solver) -> dict[str, Any]:
 
 def _checked(function: Solver, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options as the solver's signature annotates them; those without an annotation as they are."""
-    parameters = inspect.signature(function).parameters
-    known = solver_options(function)
-    checked = {}
+    known, hints, checked = solver_options(function), _hints(function), {}
     for option, value in options.items():
         if option not in known:
             raise TypeError(
                 f"`{option}` is no option of solver {name!r}, which takes {', '.join(known) or 'none'}"
             )
-        annotation = parameters[option].annotation
-        kind = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-        kind, _, none = kind.partition(" | ")
-        if kind in ("bool", "int", "float", "str") and none in ("", "None") and not (none and value is None):
-            value = as_kind(option, value, kind, known[option])
+        hint = hints.get(option)
+        members = set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}
+        kinds = [kind for kind in (bool, int, float, str) if members - {type(None)} == {kind}]
+        if kinds and not (value is None and type(None) in members):
+            default = None if known[option] is inspect.Parameter.empty else known[option]
+            value = as_kind(option, value, kinds[0].__name__, default)
         checked[option] = value
     return checked
+
+
+def _hints(function: Solver) -> dict[str, Any]:
+    """What a solver's parameters are annotated as; none where that cannot be evaluated."""
+    try:
+        return get_type_hints(function if inspect.isroutine(function) else type(function).__call__)
+    except (NameError, TypeError, AttributeError):  # names that only a type checker knows
+        return {}
 
 
 def _find(solver: str | Solver) -> tuple[Solver, str]:
