@@ -32,7 +32,8 @@ class Library:
         options: the compiler's, in the order in which they are tried, without those of a shared library.
         load: what `get` returns, from the loaded file.
         refused: is told in words why there is none.
-        needs: a library that is built first, and without which this one is of no use.
+        needs: a library without which this one is of no use.
+        memory: bytes that its compiler takes; with less than twice that free it is not started.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Library:
         load: Callable[[ctypes.CDLL], Any],
         refused: Callable[[str], None],
         needs: Library | None = None,
+        memory: int = 0,
     ) -> None:
         self._name, self._text, self._options, self._load, self._refused = name, text, options, load, refused
-        self._needs = needs
+        self._needs, self._memory = needs, memory
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.loaded: Any = None
@@ -103,6 +105,10 @@ class Library:
 
     def _building(self, compiler: list[str], path: Path) -> subprocess.Popen[str]:
         """A process that compiles into `path`, and ends when that is done, whenever this one does."""
+        if _cache.free_memory() < 2 * self._memory:  # the system might end somebody else's process for it
+            raise OSError(
+                f"its compiler takes {self._memory / 1e9:.1f} GB of memory, and twice that is not free"
+            )
         asked = dict(name=self._name, path=str(path), compiler=compiler, text=self._text())
         builder = [sys.executable, "-I", str(Path(__file__).with_name("_compile.py"))]
         with tempfile.TemporaryFile("w+") as file:  # a pipe would have to be filled before this process ends

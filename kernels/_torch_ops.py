@@ -68,4 +68,6 @@ def _refused(why: str) -> None:
     logging.getLogger("fastdiff").info("fastdiff's operators could not be built for this torch: %s", why)
 
 
-library = Library("torch", lambda: sources(*_SOURCES), _options, _loaded, _refused, needs=cpu.kernels)
+library = Library(
+    "torch", lambda: sources(*_SOURCES), _options, _loaded, _refused, needs=cpu.kernels, memory=10**9
+)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff import _norm, ops
-from fastdiff.kernels import _torch_ops
+from fastdiff.kernels import _cache, _torch_ops, cpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,6 +179,25 @@ assert late.grad_fn.name() == "SiluBackward0", late.grad_fn
         env=os.environ | {"CXX": str(refusing), "FASTDIFF_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_compiler_is_started_that_takes_the_memory_which_others_need(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = _torch_ops.library
+    cpu.library(wait=True)
+    monkeypatch.setattr(library, "loaded", None)
+    monkeypatch.setattr(library, "_thread", None)
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
+    monkeypatch.setattr(_cache, "free_memory", lambda: 1.9e9)
+    with caplog.at_level("INFO"):
+        assert _torch_ops.operators(wait=True) is None
+    assert "its compiler takes 1.0 GB of memory, and twice that is not free" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_memory_is_a_number_of_bytes() -> None:
+    assert _cache.free_memory() > 2**20
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
