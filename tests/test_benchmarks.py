@@ -63,7 +63,7 @@ def test_group_norm_with_silu_is_not_slower_than_torch(image, least, layout, one
 
 
 def test_loss_that_redraws_its_noise_is_not_slower_than_a_stored_one(one_thread):
-    assert speed_up(bench_ops.loss_speed(9)) >= 1 / bench_ops.SLOWEST_LOSS
+    assert speed_up(bench_ops.loss_speed(9)) >= 1
 
 
 @linux
