@@ -42,10 +42,8 @@ def is_watched(operands: Iterable[Any]) -> bool:
     return _intercepting().raw_repr() not in _UNWATCHED or forward_ad._current_level >= 0
 
 
-def operators(operands: Iterable[Any]) -> _torch_ops.Operators | None:
-    """Those of torch's own kind, where nothing looks on; built in the background from the first call on."""
-    if is_watched(operands):
-        return None
+def operators() -> _torch_ops.Operators | None:
+    """Those of torch's own kind, for calls that are not watched; the first begins to build them."""
     if (loaded := _torch_ops.library.loaded) is not None:
         return loaded  # type: ignore[no-any-return]
     # who has chosen a backend has no use for them

@@ -37,9 +37,8 @@ class _Refusal(torch.autograd.Function):
 
 def is_kept_by_others() -> bool:
     """Whether hooks on saved tensors are at work, which may keep what they are given."""
-    top: Any = getattr(
-        torch._C._autograd, "_top_saved_tensors_default_hooks", None
-    )  # not of torch's interface
+    # not of torch's interface
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
 
 

@@ -124,8 +124,9 @@ def denoising_loss(
     kind = 1 + _dispatch.TARGETS.index(target)
     given = (None if a is None else a.detach() for a in (weight, noise))
     operands = (out, x0.detach(), alpha_sigma.detach(), t, key, ids, draws, kind, *given)
-    if mask is None and device.type == "cpu" and (native := _direct.operators(operands)) is not None:
-        found: torch.Tensor | None = native.denoising_loss(*operands)
+    if mask is None and device.type == "cpu" and not _direct.is_watched(operands):
+        native = _direct.operators()
+        found: torch.Tensor | None = None if native is None else native.denoising_loss(*operands)
         if found is not None:
             return found
     loss: torch.Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from typing import Any
 
@@ -92,18 +93,20 @@ def _by_short_way(operands: Operands) -> torch.Tensor | None:
     Raises:
         RuntimeError, TypeError: torch's, for an operand that is none of its kind.
     """
+    if _direct.is_watched(operands[:6]):
+        return None
     library = _torch_ops.library
     is_coming = library.loaded is None and library.is_coming()  # asked before it may end
-    if (native := _direct.operators(operands[:6])) is not None:
+    if (native := _direct.operators()) is not None:
         found: torch.Tensor | None = native.group_norm_silu(*operands)
         return found
-    return None if library.loaded is not None else _by_torch(operands, is_coming)
+    return _by_torch(operands, is_coming)
 
 
 def _by_torch(operands: Operands, is_coming: bool) -> torch.Tensor | None:
     """By torch's own operators on [B, C, ...] memory: in channels_last its variance cancels."""
     x, residual, weight, bias, scale, shift, groups, eps, activation = operands
-    if os.environ.get("FASTDIFF_BACKEND") or _direct.is_watched(operands[:6]):
+    if os.environ.get("FASTDIFF_BACKEND"):
         return None
     # half precision would be rounded between the two
     if not (2 <= x.dim() <= 5 and 0 < eps < float("inf")) or x.dtype != torch.float32 or x.numel() == 0:
@@ -165,9 +168,9 @@ def _check(
             f"`x` must be [B, C, ...] with 2 to 5 dimensions of {DTYPES}, got {x.dim()} of {x.dtype}"
         )
     batch, channels = x.shape[:2]
-    if not isinstance(num_groups, int):
+    if not isinstance(num_groups, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"`num_groups` must be an int, got {num_groups!r}")
-    if not isinstance(eps, (int, float)):
+    if not isinstance(eps, (numbers.Real, torch.SymFloat)):
         raise TypeError(f"`eps` must be a number, got {eps!r}")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .group_norm import Norm
     from .group_norm_backward import NormGrad
 
-_pack = struct.Struct("4P" + 4 * "P2q" + "3P4qd4i").pack  # group_norm.cpp's `Norm`
+_pack = struct.Struct("4P" + 4 * "P2q" + "3P4qd4i").pack  # loops.h's `Norm`
 
 
 def group_norm_silu_torch(f: Norm) -> None:

@@ -21,7 +21,7 @@ bool is_direct(const LossArguments& a) {
 // [B], and out - target into `error` where that is defined.
 Tensor loss_of(const LossArguments& a, const Tensor& error) {
   const int64_t batch = a.out.size(0), n = a.out.numel() / batch;
-  const Tensor sums = at::empty({batch, loops.blocks(n)}, at::TensorOptions().dtype(at::kDouble).device(at::kCPU));
+  const Tensor sums = room({batch, loops.blocks(n)}, at::kDouble);
   const auto index = [](const Tensor& tensor) { return address<int64_t>(tensor); };
   loops.loss(address<double>(sums), address(error), address(a.out), address(a.x0), address(a.noise), address(a.alpha_sigma),
              index(a.t), index(a.seed), index(a.sample_id), index(a.draw), nullptr, nullptr, batch, n, n, a.alpha_sigma.size(0), 0, 1,

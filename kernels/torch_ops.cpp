@@ -2,13 +2,13 @@
 
 namespace {
 
-// `direct` runs below autograd, `with_gradient` above. A subclass made in inference mode has neither key, but Python's: it
-// takes the long way, as every tensor does that is not an ordinary one.
+// The long way, for a subclass made in inference mode, which has Python's key alone.
 template <class Operator> struct Elsewhere;
 template <class... Arguments> struct Elsewhere<Tensor (*)(Arguments...)> {
   static Tensor run(Arguments...) { return Tensor(); }
 };
 
+// `direct` runs below autograd, `with_gradient` above.
 template <class Operator>
 void add(torch::Library& library, const char* name, const char* arguments, Operator* direct, Operator* with_gradient) {
   library.def((std::string(name) + arguments + " -> Tensor").c_str());

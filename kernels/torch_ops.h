@@ -39,7 +39,9 @@ bool is_chosen() {
   return backend && *backend;
 }
 
-Tensor room(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat).device(at::kCPU)); }
+Tensor room(at::IntArrayRef shape, at::ScalarType type = at::kFloat) {
+  return at::empty(shape, at::TensorOptions().dtype(type).device(at::kCPU));
+}
 
 // Tensor::to takes a fifth of a microsecond to find that there is nothing to do.
 Tensor as_type(const Tensor& tensor, at::ScalarType type) { return tensor.scalar_type() == type ? tensor : tensor.to(type); }

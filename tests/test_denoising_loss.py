@@ -124,7 +124,7 @@ def test_operator_passes_opcheck_and_compiles_as_one_graph() -> None:
 
 
 def test_gradient_is_not_made_where_nobody_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdiff._direct.operators", lambda operands: None)
+    monkeypatch.setattr("fastdiff._direct.operators", lambda: None)
     f, wanted = operands(12, batch=3), []
     original = module.denoising_loss_torch
     monkeypatch.setattr(
@@ -257,7 +257,7 @@ def by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send what follows by the operator in Python, or by the one of torch's own kind and no other."""
     native = _torch_ops.operators(wait=True) or pytest.skip("needs a C++ compiler")
     if way == "operator":
-        monkeypatch.setattr(_direct, "operators", lambda operands: None)
+        monkeypatch.setattr(_direct, "operators", lambda: None)
         return
 
     def direct(*operands: Any) -> torch.Tensor:
@@ -265,7 +265,7 @@ def by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert loss is not None
         return loss
 
-    monkeypatch.setattr(_direct, "operators", lambda operands: native._replace(denoising_loss=direct))
+    monkeypatch.setattr(_direct, "operators", lambda: native._replace(denoising_loss=direct))
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])

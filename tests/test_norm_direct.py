@@ -6,6 +6,7 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import assert_same_bits
@@ -209,6 +210,14 @@ def test_no_two_gradients_of_one_sample_share_memory(monkeypatch: pytest.MonkeyP
         grads = torch.autograd.grad(y.square().sum(), given)
         ranges = sorted((g.data_ptr(), g.data_ptr() + g.nbytes) for g in grads)
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_options_may_be_numpys(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(way, monkeypatch)
+    x = torch.randn(2, 8, 5)
+    expected = ops.group_norm_silu(x, 4, eps=0.5)
+    assert_same_bits(ops.group_norm_silu(x, np.int64(4), eps=np.float32(0.5)), expected)
 
 
 @pytest.mark.parametrize("way", WAYS)

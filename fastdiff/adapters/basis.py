@@ -132,9 +132,9 @@ class Tape(TorchFunctionMode):
             self.refuse(f"`{name}` clips the start of the chain, and a table clips x0 alone")
         coords = self.coordinates(x0)
         clipped, half = self.now.clipped, self.now.half
-        if clipped and clipped[2] == clip and (coords == self.coordinates(self.unit("x0"))).all():
+        if clipped and clipped[2] == clip and self._is(coords, "x0"):
             return self.unit("x0")
-        if half and isinstance(clip, tuple) and (coords == self.coordinates(self.unit("half"))).all():
+        if half and isinstance(clip, tuple) and self._is(coords, "half"):
             px, po, (low, high) = half
             clip = (max(low, clip[0]), min(high, clip[1]))
         elif not coords[2:].any():
@@ -258,6 +258,10 @@ class Tape(TorchFunctionMode):
     def _overwrite(self, tensor: Basis, coords: torch.Tensor) -> None:
         torch.Tensor.copy_(tensor, coords)
         tensor.epoch = self.epoch
+
+    def _is(self, coords: np.ndarray, symbol: Any) -> bool:
+        """Whether coordinates are those of one symbol of this epoch."""
+        return np.flatnonzero(coords).tolist() == [self._slot(symbol)] and coords[self._slot(symbol)] == 1.0
 
     def _slot(self, symbol: Any) -> int:
         symbols = self.now.symbols
